@@ -41,7 +41,6 @@ LAB = Program(
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
         "first-word": ("time and memory to the first word of a file", "smart_lab.first_word"),
-        "tune-check": ("smart tune against an exhaustive search", "smart_lab.tune_check"),
         "random-gguf": (
             "a GGUF file with random weights of a real model's shapes",
             "smart_lab.gguf.random_file",

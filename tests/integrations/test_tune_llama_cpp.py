@@ -3,30 +3,40 @@ test."""
 
 from __future__ import annotations
 
-import argparse
+import configparser
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from gguf import GGUFWriter
 
 from smart_decoding.bench import provenance
+from smart_decoding.bench.data import load_task
+from smart_decoding.bench.resume import Progress
 from smart_decoding.cli import main as cli
+from smart_decoding.cli import tune as cli_tune
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.tuning import huge_pages, llama_cpp, processes
+from smart_decoding.integrations.tuning import huge_pages, llama_cpp, processes, verdicts
 from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, architecture, pairs, server_at
 from smart_decoding.integrations.tuning.llama_help import LlamaHelp
+from smart_decoding.integrations.tuning.search import Prompts, Search
 from smart_decoding.integrations.tuning.settings import Setting
-from smart_lab import tune_check
+
+from .told import trial_as_told
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.tuning.found import Found
 
 HERE = Path(__file__).parent
 HELP = (HERE / "llama_server_help.txt").read_text()
@@ -84,14 +94,15 @@ def prompts(tmp_path: Path) -> Path:
 def tune(
     server: Path, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """Run the command on the fake; quick, as its differences are large."""
-    monkeypatch.setattr(llama_cpp, "free_memory", lambda: 64 << 30)
+    """Run the command on the fake, whose own seconds count: a busy machine would blur its rule."""
+    monkeypatch.setenv("FAKE_PACE", "0.05")
+    monkeypatch.setattr(llama_cpp.busy, "trial", trial_as_told)
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
 
     def run(*words: str, model: Path = model) -> int:
         output = str(tmp_path / "out.ini")
         usual = ["tune", "llama.cpp", "-m", str(model), "--server", str(server)]
-        usual += ["--prompts", str(prompts), "--max-tokens", "8", "--output", output]
+        usual += ["--prompts", str(prompts), "--max-tokens", "12", "--output", output]
         return cli.main([*usual, *words])
 
     return run
@@ -209,18 +220,25 @@ def test_the_command_finds_the_rule_of_the_fake(
     assert "--spec-type" not in four
     assert "from four requests on leave speculation off" in told
     assert "With one request at once ngram-simple 3 4 is" in told
-    assert "plain decoding itself is 1." in told
+    assert re.search(
+        r"With one request at once plain decoding is 1\.[3-6].* with --no-repack", told
+    )
     assert "Did not work: draft-mtp: llama-server ended with 1: load_model: failed to" in told
     assert best.split()[-1] in lines  # what is measured is told on the way
     preset = (tmp_path / "out.ini").read_text()
     assert f"[model-1-at-once]\nmodel = {tmp_path}/model.gguf\nparallel = 1\nctk = q8_0" in preset
     assert "spec-type = ngram-simple\nspec-ngram-simple-size-n = 3\n" in preset
     assert preset.count("no-repack = true\n") == 2
+    sections = configparser.ConfigParser()
+    sections.read_string(preset)  # what stands before a section would be a model by itself
+    assert sections.sections() == ["model-1-at-once", "model-4-at-once"]
     kept = json.loads((tmp_path / "out.reasons.json").read_text())
     assert kept["version"] == "version: 7 (a fake)"
     assert kept["choices"][0]["pays"] is True
     assert kept["choices"][1]["pays"] is False
     assert {"load", "mode", "options", "blocks"} == set(kept["tried"][0])
+    for each in kept["judged"]:  # at least three new processes of each side
+        assert len(each["blocks"]) >= verdicts.LEAST
     assert left_over(tmp_path) == []
     for each in started(tmp_path):
         assert each["words"][each["words"].index("--ctk") + 1] == "q8_0"
@@ -254,8 +272,7 @@ def test_huge_pages_stand_before_the_command(
 ) -> None:
     monkeypatch.setattr(huge_pages, "variable", lambda: (huge_pages.VARIABLE,))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    # More tokens: the fake is fast here, and a busy machine would blur its rule.
-    assert tune("--slots", "1", "--server-args", "-ctk q8_0", "--max-tokens", "24") == 0
+    assert tune("--slots", "1", "--server-args", "-ctk q8_0") == 0
     told = capsys.readouterr().out
     program, variable = tmp_path / "bin" / "llama-server", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
     (line,) = (line for line in told.splitlines() if "1 at once: " in line)
@@ -264,7 +281,8 @@ def test_huge_pages_stand_before_the_command(
     assert "--no-repack" in line
     assert "--spec-ngram-simple-size-n 3" in line
     assert f"a preset: {variable} {program} --models-preset" in told
-    assert f"times as fast with {variable} --no-repack" in told
+    assert f"times as fast with {variable} as with defaults" in told
+    assert f"times as fast with --no-repack as with {variable}" in told
     assert "GLIBC" not in (tmp_path / "out.ini").read_text()
     assert "ctk = q8_0\n" in (tmp_path / "out.ini").read_text()
     starts = started(tmp_path)
@@ -272,6 +290,131 @@ def test_huge_pages_stand_before_the_command(
     assert not any("GLIBC" in word for each in starts for word in each["words"])
     drafting = [each for each in starts if "--spec-type" in each["words"]]
     assert all(each["tunables"] for each in drafting)
+
+
+def test_servers_see_the_users_environment_alone(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what this package sets for itself: llama.cpp's threads would sleep sooner, too. A key
+    would refuse our requests."""
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    monkeypatch.setenv("LLAMA_ARG_THREADS", "1")
+    for given in ({}, {"GOMP_SPINCOUNT": "77"}):
+        (tmp_path / "log").unlink(missing_ok=True)
+        code = f"import os; os.environ.pop('GOMP_SPINCOUNT', None); os.environ.update({given}); "
+        code += "import sys; from smart_decoding.cli import main; sys.exit(main.main(sys.argv[1:]))"
+        words = ["tune", "llama.cpp", "-m", str(tmp_path / "model.gguf"), "--slots", "1"]
+        words += ["--server", str(tmp_path / "bin"), "--prompts", str(tmp_path / "prompts")]
+        words += ["--max-tokens", "4", "--time-limit", "5", "--output", str(tmp_path / "out.ini")]
+        subprocess.run([sys.executable, "-c", code, *words], check=True, timeout=60)
+        starts = started(tmp_path)
+        assert starts
+        assert all(each["seen"] == given for each in starts)
+
+
+def test_one_server_runs_at_a_time(tune: Any, tmp_path: Path) -> None:
+    """A stopped one keeps its memory: on a GPU the next one would run on the CPU."""
+    began = processes.ServerProcess.__init__
+    running: list[int] = []
+
+    def counted(self: Any, *given: Any, **named: Any) -> None:
+        running.append(sum(alive(each["process"]) for each in log_of(tmp_path)))
+        began(self, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes.ServerProcess, "__init__", counted)
+        assert tune("--slots", "1", "--time-limit", "8") == 0
+    assert len(running) > 2
+    assert set(running) == {0}
+
+
+def log_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return started(tmp_path) if (tmp_path / "log").exists() else []
+
+
+@pytest.mark.usefixtures("tune")
+def test_what_runs_on_the_cpu_in_part_is_told(server: Path, tmp_path: Path) -> None:
+    """`--fit`, the default, moves layers to the CPU where a draft model takes the memory."""
+    model, draft = gguf(tmp_path / "gpu.gguf", "llama"), gguf(tmp_path / "draft.gguf", "llama")
+    engine = LlamaCpp(server / "llama-server", model, draft, ["a"], 8)
+    with engine.launch(Setting(), [1]) as plain:
+        assert plain.notes == []
+    drafts = Setting("draft-simple", drafts=("--spec-draft-model", str(draft)))
+    with engine.launch(drafts, [1]) as drafting:
+        assert drafting.notes == [f"Not on the GPU: 13 of 33 layers with {drafts}."]
+    assert engine.beside_gpu("offloaded 0/33 layers to GPU", ()) == [
+        "Not on the GPU: 33 of 33 layers with the defaults."
+    ]
+    alone = LlamaCpp(server / "llama-server", model, None, ["a"], 8)
+    assert alone.beside_gpu("offloaded 0/33 layers to GPU", ()) == []  # there is none
+
+
+def test_a_prompt_of_digits_fits(tune: Any, tmp_path: Path, prompts: Path) -> None:
+    """Each digit may be a token: the context is counted by the server, not by bytes."""
+    prompts.write_text("".join(f"{number:02}" + "1" * 2000 + "\n" for number in range(8)))
+    assert tune("--slots", "2", "--time-limit", "6") == 0
+    longest = len("<user>") + 2002 + 12 + llama_cpp.SPARE
+    first, *others = (each["words"] for each in started(tmp_path))
+    assert int(first[first.index("--ctx-size") + 1]) < 2 * longest
+    assert others
+    assert {words[words.index("--ctx-size") + 1] for words in others} == {str(2 * longest)}
+
+
+def test_drafts_are_found_wherever_the_preset_is_used(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf(tmp_path / "draft.gguf", "llama")
+    monkeypatch.chdir(tmp_path)
+    engine = LlamaCpp(
+        tmp_path / "bin" / "llama-server", Path("model.gguf"), Path("draft.gguf"), ["a"], 8
+    )
+    words = [word for _, words in engine.drafts() for word in words if word.endswith(".gguf")]
+    assert set(words) == {str(tmp_path / "draft.gguf")}
+    assert engine.command(1, 1, ())[2] == str(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("tokens", "code"), [("300", 0), ("3000", 2)])
+def test_the_time_limit_holds(
+    tokens: str, code: int, tune: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks of 3.6 s that are not begun without time, and one of 36 s that is broken off."""
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_PACE", "1")
+        assert tune("--slots", "1", "--max-tokens", tokens, "--time-limit", "8") == code
+    assert time.monotonic() - began < 10
+    told, errors = capsys.readouterr()
+    assert ("Nothing is decided yet." in told) == (code == 0)
+    assert ("nothing was measured: the time limit was too short" in errors) == (code == 2)
+
+
+def test_blocks_of_another_machine_are_refused(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--slots", "1", "--resume", str(tmp_path / "kept"), "--time-limit", "12")
+    assert tune(*words) == 0
+    monkeypatch.setattr(cli_tune, "machine", lambda: {**provenance.machine(), "cpu": "another"})
+    assert tune(*words) == 2
+    assert "is of another run (machine cpu " in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_leaves_no_server(
+    server: Path, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """By force: nobody can end them but the system."""
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "tune", "llama.cpp"]
+    command += ["-m", str(model), "--server", str(server), "--prompts", str(prompts)]
+    command += ["--slots", "1", "--max-tokens", "200", "--output", str(tmp_path / "out.ini")]
+    environment = {**os.environ, "FAKE_LOG": str(tmp_path / "log"), "FAKE_PACE": "0.1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not log_of(tmp_path):
+            time.sleep(0.05)
+        process.kill()
+    assert len(started(tmp_path)) == 1
+    assert left_over(tmp_path) == []
 
 
 def test_a_cut_run_goes_on(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +426,7 @@ def test_a_cut_run_goes_on(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(started(tmp_path)) == count
     assert capsys.readouterr().out == told
     assert tune(*words, "--max-tokens", "9") == 2
-    assert "is of another run (max_tokens 8 there, 9 here)" in capsys.readouterr().err
+    assert "is of another run (max_tokens 12 there, 9 here)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -294,9 +437,10 @@ def test_a_cut_run_goes_on(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixt
         (["-m", "/nowhere.gguf"], "/nowhere.gguf is no file"),
         (["-m", __file__], "is no GGUF file"),
         (["--draft", __file__], "is no GGUF file"),
-        (["--slots", "1,50"], "40 prompts are too few for 50 requests at once"),
+        (["--slots", "1,21"], "40 prompts are too few for 21 requests at once: half of them"),
+        (["--server-args", "--port 80"], "--server-args: leave out --port"),
         (["--output", "/nowhere/out.ini"], "cannot be written"),
-        (["--max-tokens", "1"], "--max-tokens at least 2"),
+        (["--max-tokens", "1"], "--max-tokens must be at least 2"),
         (["--time-limit", "0"], "--time-limit must be above 0"),
     ],
 )
@@ -377,7 +521,7 @@ def test_a_run_that_is_stopped_ends_its_servers(
     command = [sys.executable, "-m", "smart_decoding.cli.main", "tune", "llama.cpp"]
     command += ["-m", str(model), "--server", str(server), "--prompts", str(prompts)]
     command += ["--slots", "1", "--max-tokens", "200", "--output", str(tmp_path / "out.ini")]
-    environment = {**os.environ, "FAKE_LOG": str(tmp_path / "log")}
+    environment = {**os.environ, "FAKE_LOG": str(tmp_path / "log"), "FAKE_PACE": "0.1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -418,32 +562,6 @@ def test_a_signal_while_a_server_starts_leaves_none_behind(
     assert not alive(pids[0])
 
 
-@pytest.mark.slow
-def test_an_exhaustive_search_finds_the_same_later(
-    server: Path,
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """`smart_lab tune-check`, which goes on from what it has kept."""
-    monkeypatch.setattr(llama_cpp, "free_memory", lambda: 64 << 30)
-    monkeypatch.setattr(tune_check, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
-    parser = argparse.ArgumentParser()
-    tune_check.add_arguments(parser)
-    words = [str(model), "--llama-cpp", str(server), "--slots", "1", "--max-tokens", "8"]
-    words += ["--resume", str(tmp_path / "kept"), "--json", str(tmp_path / "out.json")]
-    for _ in range(2):
-        assert tune_check.main(parser.parse_args([*words, "--blocks", "6"])) == 0
-        (found,) = json.loads((tmp_path / "out.json").read_text())["slots"]
-        best = "--spec-type ngram-simple --spec-ngram-simple-size-n 3"
-        assert all(best in " ".join(options) for options in found["options"].values())
-        assert found["ratio"][0] == pytest.approx(1.0, abs=0.2)
-        quick, exhaustive = found["seconds"].values()
-        assert quick < exhaustive
-    assert "exhaustive: " in capsys.readouterr().out
-
-
 REAL = os.environ.get("SMART_LLAMA_SERVER") or shutil.which("llama-server")
 
 
@@ -479,3 +597,50 @@ def test_a_real_server_takes_what_is_written(
     engine = LlamaCpp(Path(REAL), file, None, ["Tides are"], 8)
     with engine.launch(best, [1]) as launched:
         assert launched.answer(["Tides are"], 1).tokens == 8
+
+
+class Twins(LlamaCpp):
+    """llama.cpp, where drafting is nothing but plain decoding once more."""
+
+    def stages(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+        yield [Setting("twin", drafts=("--twin",))]
+
+    def launch(self, setting: Setting, loads: Sequence[int]) -> llama_cpp.LlamaServer:
+        return super().launch(Setting(base=setting.base), loads)
+
+
+def test_twins_are_two_servers_with_the_same_options(
+    server: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    texts = [f"prompt {number}" for number in range(12)]
+    engine = Twins(server / "llama-server", model, None, texts, 4)
+    found = Search(engine, Prompts(texts), Progress(None, {})).run([1])
+    assert found.verdicts[1][0].ratio.pairs >= verdicts.LEAST
+    port = started(tmp_path)[0]["words"].index("--port") + 1
+    assert (
+        len({(*each["words"][:port], *each["words"][port + 1 :]) for each in started(tmp_path)})
+        == 1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="no llama-server: SMART_LLAMA_SERVER or PATH names one")
+def test_of_two_equal_servers_none_is_faster() -> None:
+    """The null test with real processes: SMART_NULL_RUNS searches of a minute or two each."""
+    from smart_decoding.models.checkpoints.hub import fetch_pinned
+    from smart_decoding.models.checkpoints.registry import NAMED_MODELS
+
+    assert REAL is not None
+    file = fetch_pinned(NAMED_MODELS["smollm2-135m"].pinned)
+    texts = load_task("general")
+    runs, wrong = int(os.environ.get("SMART_NULL_RUNS", "5")), 0
+    for _ in range(runs):
+        engine = Twins(Path(REAL), file, None, texts, 24)
+        with processes.ending_with_us():
+            found = Search(engine, Prompts(texts), Progress(None, {})).run([1])
+        choice = found.choice(1)
+        assert choice is not None
+        assert not choice.open
+        wrong += choice.pays
+    assert wrong <= max(1, runs // 20)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,33 +14,25 @@ from smart_decoding.cli import tune as cli_tune
 from smart_decoding.integrations.sglang.costs import TierCosts
 from smart_decoding.integrations.tuning import sglang
 
+from .told import trial_as_told
+
 FAKE = Path(__file__).with_name("fake_sglang_server.py")
 
 
 @pytest.fixture
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command in an environment whose Python starts the fake, on the fake's clock."""
+    """Run the command in an environment whose Python starts the fake."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {FAKE} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(sglang, "find_spec", lambda name: object())
-    generated = sglang.SglangServer._generated
-    now = 0.0
-
-    def timed(server: sglang.SglangServer, prompts: Any, tokens: int) -> Any:
-        nonlocal now
-        found = generated(server, prompts, tokens)
-        now += found[0]["meta_info"]["seconds"]
-        return found
-
-    monkeypatch.setattr(sglang.SglangServer, "_generated", timed)
-    monkeypatch.setattr(sglang, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(sglang.busy, "trial", trial_as_told)
     monkeypatch.setattr(cli_tune, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
 
     def run(*words: str) -> int:
         usual = ["tune", "sglang", "m", "--speculative-draft-model-path", "head"]
-        usual += ["--max-concurrency", "1,8", "--blocks", "2", "--max-tokens", "16"]
+        usual += ["--max-concurrency", "1,8", "--max-tokens", "32"]
         return cli.main([*usual, "--output", str(tmp_path / "costs.json"), *words])
 
     return run
@@ -85,6 +76,25 @@ def test_where_nothing_pays_nothing_is_written(
 ) -> None:
     assert tune("--steps", "6", "--max-concurrency", "8") == 0
     assert "Start SGLang without --speculative-algorithm." in capsys.readouterr().out
+    assert not (tmp_path / "costs.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--speculative-algorithm", "NGRAM"],
+        ["--server-args", "--enable-dp-attention --dp 2"],
+    ],
+)
+def test_where_sglang_ignores_its_adaptive_mode_one_size_is_started(
+    words: list[str], tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would run the largest size at every load."""
+    assert tune("--steps", "1,3", "--max-concurrency", "1", *words) == 0
+    shown = capsys.readouterr().out
+    assert "--speculative-adaptive" not in shown
+    (start,) = (line for line in shown.splitlines() if line.startswith("1 at once: "))
+    assert "--speculative-num-steps 1 --speculative-num-draft-tokens 2" in start
     assert not (tmp_path / "costs.json").exists()
 
 

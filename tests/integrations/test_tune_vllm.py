@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +19,7 @@ from smart_decoding.cli import main as cli
 from smart_decoding.cli import tune
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.integrations.tuning import vllm
+from smart_decoding.integrations.vllm import measure
 from smart_decoding.integrations.vllm.measure import Measured
 
 from .test_vllm_schedule import KEPT, PIECEWISE
@@ -37,22 +42,23 @@ class FakeProcess:
     def ready(self) -> str:
         return "0.32.0"
 
-    def run(self, prompts: list[str], max_tokens: int) -> dict[str, Any]:
-        seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
-        if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
+    def run(self, prompts: list[str], max_tokens: int, load: int) -> dict[str, Any]:
+        seconds = 1.0 - 0.1 * self.length if load == 1 else 1.0 + 0.1 * self.length
+        if self.scheduled and load == 4:  # nothing is drafted, but the drafter is there
             seconds = 1.02
         drafted = 10 if self.length else 0
         return {
             "seconds": seconds,
-            "tokens": max_tokens * len(prompts),
-            "prompt_tokens": 36 * len(prompts),
+            "tokens": max_tokens * load,
+            "prompt_tokens": 36,
+            "answer_tokens": max_tokens,
             "drafted": drafted,
             "accepted": drafted // 2,
         }
 
 
 COMMAND = (
-    "tune vllm a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 --check "
+    "tune vllm a-model --lengths 1,3 --batch-sizes 1,4 --check "
     """--engine-args '{"dtype": "float32"}'"""
 )
 
@@ -80,13 +86,15 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert written["method"] == "ngram"
     configs = [arguments["speculative_config"] for arguments in FakeProcess.started]
     lengths = [config and config["num_speculative_tokens"] for config in configs]
-    assert lengths == [None, 1, 3, None, 3]  # each is loaded once for all batch sizes
-    assert configs[-1] == written
+    assert lengths[:3] == [None, 1, 3]  # in the race each is loaded once for all batch sizes
+    assert lengths[3:11] == [None, 3, 3, None, None, 3, 3, None]  # a verdict: 4 pairs of new ones
+    assert all(config in (None, written) for config in configs[11:])  # --check: 4 pairs, too
+    assert len(lengths) == 19
     assert all(arguments["dtype"] == "float32" for arguments in FakeProcess.started)
     reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
     of_three = [each for each in reasons["tried"] if each["mode"] == "ngram of 3 tokens"]
     assert [each["load"] for each in of_three] == [1, 4]
-    assert [each["seconds"] for each in of_three[1]["blocks"].values()] == [1.3, 1.3]
+    assert [each["seconds"] for each in of_three[1]["blocks"].values()] == [1.3]
     assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
     assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
     schedule = asked[0]["speculative_config"]["num_speculative_tokens_per_batch_size"]
@@ -103,24 +111,6 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert "cannot run here: Adaptive verification requires full CUDA graphs." in shown
     assert reasons["adaptive_verification"] in shown
     assert "batch 4, with the schedule: 0.98 (0.98–0.98) × plain" in shown
-
-
-def test_together_all_engines_take_turns(
-    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[int] = []
-    run = FakeProcess.run
-
-    def noted(self: FakeProcess, prompts: list[str], tokens: int) -> dict[str, Any]:
-        order.extend([self.length] * (tokens == 128 and len(prompts) == 1))
-        return run(self, prompts, tokens)
-
-    monkeypatch.setattr(FakeProcess, "run", noted)
-    words = [*shlex.split(COMMAND), "--together", "--output", str(tmp_path / "out.json")]
-    words.remove("--check")
-    assert cli.main(words) == 0
-    assert order[:3] == [0, 1, 3]
-    assert set(order[3:]) == {0, 3}  # the slower half dropped out
 
 
 @pytest.mark.parametrize(("given", "context"), [([], 100), (["--context", "500"], 500)])
@@ -145,7 +135,7 @@ def test_where_nothing_pays_nothing_is_written(
     tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "schedule.json"
-    words = shlex.split("tune vllm m --lengths 1,3 --batch-sizes 4 --blocks 2 --check")
+    words = shlex.split("tune vllm m --lengths 1,3 --batch-sizes 4 --check")
     assert cli.main([*words, "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "start vLLM without --speculative-config" in shown
@@ -163,7 +153,6 @@ def test_where_nothing_pays_nothing_is_written(
         ),
         (["--speculative-config", '{"method": "suffix"}'], "no schedule of several lengths"),
         (["--batch-sizes", "1,1000"], "too few"),
-        (["--blocks", "0"], "--blocks"),
         (["--context", "0"], "--context"),
     ],
 )
@@ -183,10 +172,10 @@ def test_without_a_network_general_prompts_are_asked(
     def offline(task: str) -> list[str]:
         if task != "general":
             raise DownloadError("no network")
-        return ["a", "b", "c", "d"]
+        return [f"prompt {number}" for number in range(8)]
 
     monkeypatch.setattr(tune, "load_task", offline)
-    words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 --blocks 2")
+    words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 ")
     assert cli.main([*words, "--output", str(tmp_path / "out.json")]) == 0
     assert "smart: only general prompts: no network" in capsys.readouterr().err
 
@@ -198,11 +187,93 @@ def test_on_a_terminal_a_bar_tells_the_time_that_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tune, "on_terminal", lambda: True)
-    words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 --blocks 2 --time-limit 600")
+    words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 --time-limit 600")
     assert cli.main([*words, "--output", str(tmp_path / "out.json")]) == 0
     shown = capsys.readouterr().err
     assert "0%|" in shown
-    assert "left at most, 4 requests at once, 1 of 4: defaults" in shown
+    assert "left at most, 4 requests at once, verdict, pair 1: defaults" in shown
+
+
+def test_the_time_limit_ends_a_process_in_the_middle_of_an_answer(
+    tmp_path: Path,
+    asked: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It held only between blocks, of which one may take minutes."""
+    python, alive = tmp_path / "python", tmp_path / "alive"
+    code = "import json, os, sys, time; print(json.dumps(dict(ready=0)), flush=True); "
+    code += f"open({str(alive)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -c "{code}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(vllm, "Measured", Measured)
+    began = time.monotonic()
+    words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 --time-limit 3")
+    assert cli.main([*words, "--output", str(tmp_path / "out.json")]) == 2
+    assert time.monotonic() - began < 5
+    assert "nothing was measured: the time limit was too short" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(alive.read_text()), 0)
+
+
+class FakeEngine:
+    """A fake of vLLM's LLMEngine: each step gives all requests a token, and answers end as
+    `lengths` says."""
+
+    def __init__(self, lengths: dict[str, int]) -> None:
+        self.lengths = lengths
+        self.running: dict[str, int] = {}
+        self.at_once: list[int] = []
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], params: object) -> None:
+        assert prompt["prompt_token_ids"]
+        self.running[name] = 0
+
+    def step(self) -> list[Any]:
+        self.at_once.append(len(self.running))
+        found = []
+        for name in list(self.running):
+            self.running[name] += 1
+            finished = self.running[name] == self.lengths[name]
+            answer = SimpleNamespace(token_ids=[7] * self.running[name])
+            found.append(SimpleNamespace(request_id=name, outputs=[answer], finished=finished))
+            if finished:
+                del self.running[name]
+        return found
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            del self.running[name]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running)
+
+
+def test_vllm_answers_to_their_ends_while_the_batch_is_full() -> None:
+    """A token behind an end is one that nobody wants, and easily drafted."""
+    lengths = {"a": 3, "b": 9, "c": 4, "d": 5, "e": 90}
+    engine = FakeEngine(lengths)
+    prompts = {name: [1] * 6 for name in lengths}
+    found = measure.answered(engine, prompts, None, 2)
+    # c begins after 3 steps, d after 7, e after 9; after 12, when d ends, there is none.
+    assert engine.at_once == [2] * 12
+    assert found["tokens"] == 24
+    assert found["prompt_tokens"] == 6
+    assert found["answer_tokens"] == 24 / 5
+    assert not engine.running
+
+
+def test_vllm_runs_in_the_users_environment() -> None:
+    """Not with what this package sets for itself, and the process does not set it either."""
+    code = "import os, sys; from smart_decoding.integrations.vllm import measure; "
+    code += "measure._resolve = lambda _: {'seen': os.environ.get('GOMP_SPINCOUNT')}; "
+    code += "measure.main(['--resolve', '{}'])"
+    own = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for given, seen in (({}, None), ({"GOMP_SPINCOUNT": "77"}, "77")):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**own, **given}, capture_output=True, text=True)
+        assert json.loads(done.stdout) == {"seen": seen}, done.stderr
 
 
 def test_without_vllm_it_says_where_to_install_it(
@@ -219,4 +290,4 @@ def test_a_process_that_dies_between_answers_is_one_line(monkeypatch: pytest.Mon
     with Measured({"speculative_config": None}) as engine:
         engine._process.wait(10)
         with pytest.raises(ModelError, match="ended with code 1"):
-            engine.run(["a"], 1)
+            engine.run(["a"], 1, 1)

@@ -64,20 +64,21 @@ class IkServers(TokenServers):
     finds the rest."""
 
     name = NAME
-    shares: tuple[int, ...] = (1, 0)
 
-    def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
-        """Yield its defaults, and its changes by themselves and together, on huge pages."""
+    def stages(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+        """Yield huge pages, then its changes by themselves and together."""
+        (load,) = loads
         huge = huge_pages.variable()
+        if huge:
+            yield [Setting(base=huge)]
+        before = found.base[load].base
         both = tuple(word for change in CHANGES for word in change)
-        changed = [Setting(base=(*huge, *change)) for change in ((), *CHANGES, both)]
-        yield list(dict.fromkeys((Setting(), *changed)))
+        yield [Setting(base=(*before, *change)) for change in (*CHANGES, both)]
 
 
 def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:
     """Return the best flags of its modes: it speculates for one slot only."""
-    base = found.bases[slots]
-    best = found.best(slots, found.settings(slots), base)
+    best = found.base[slots]
     modes = MODES if slots == 1 else {PLAIN: MODES[PLAIN]}
     result = plain_tuned(found, slots, always)
     result.flags = {mode: [*always, *best.words, *words] for mode, words in modes.items()}

@@ -89,16 +89,16 @@ def searched(
 
 
 def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:
-    """Return the best flags of each mode that works. always: options that all settings had."""
-    base = found.bases[slots]
+    """Return the best flags of each mode; of plain decoding those with a verdict. always: options
+    that all settings had."""
+    base = found.base[slots]
     best: dict[str, Setting] = {PLAIN: base}
-    for setting in found.settings(slots):
-        mode = mode_of(setting)
-        if mode != PLAIN and mode not in best:
-            alike = [each for each in found.settings(slots) if mode_of(each) == mode]
-            of_mode = found.finalists(slots, alike, base)
-            if of_mode:
-                best[mode] = max(of_mode, key=_rate(found, slots, base))
+    known = [*found.settings(slots), *(setting for _, setting in found.left_out)]
+    working = [setting for setting in known if (slots, setting) not in found.errors]
+    for mode in dict.fromkeys(map(mode_of, working)):
+        if mode != PLAIN:  # the last of a race, or the first where nothing was measured
+            of_mode = [each for each in working if mode_of(each) == mode]
+            best[mode] = max(of_mode, key=_place(found, slots, base))
     if DRAFT in best and NGRAM in best and BOTH not in best:
         best[BOTH] = together(best[NGRAM], best[DRAFT])
     order = [mode for mode in (PLAIN, NGRAM, DRAFT, BOTH) if mode in best]
@@ -117,8 +117,12 @@ def mode_of(setting: Setting) -> str:
     return names.get(setting.mode.partition("-")[0], setting.mode)
 
 
-def _rate(found: Found, slots: int, base: Setting) -> Callable[[Setting], float]:
-    return lambda setting: found.value(slots, setting, base)
+def _place(found: Found, slots: int, base: Setting) -> Callable[[Setting], tuple[int, float]]:
+    def place(setting: Setting) -> tuple[int, float]:
+        blocks = len(found.trials.of(slots, setting))
+        return blocks, found.trials.value(slots, setting, base)
+
+    return place
 
 
 def _tried(found: Found) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -70,8 +71,10 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
     return Ratio(value, min(value, float(low)), max(value, float(high)), len(usable))
 
 
+@lru_cache
 def student_t(df: int, share: float) -> float:
-    """Return the quantile of Student's t with `df` degrees of freedom, share in (0.5, 0.99].
+    """Return the quantile of Student's t with `df` degrees of freedom, share above 0.5; it must be
+    below 64.
 
     With t = sqrt(df) tan(a), the density of a is proportional to cos(a)^(df - 1): it is integrated
     on [0, a], and t is found by halving."""

@@ -19,23 +19,22 @@ from tqdm import tqdm
 
 from smart_decoding import __version__
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.provenance import machine, write_json
 from smart_decoding.bench.resume import Progress
 from smart_decoding.cli.arguments import json_object, refuse_windows, whole_numbers
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.integrations.tuning import report, sglang_lines
 from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, server_at
-from smart_decoding.integrations.tuning.processes import ending_with_us
+from smart_decoding.integrations.tuning.processes import ending_with_us, time_limit
 from smart_decoding.integrations.tuning.search import Prompts, Search
-from smart_decoding.integrations.tuning.settings import Setting
 from smart_decoding.integrations.tuning.sglang import Sglang, write_costs
 from smart_decoding.integrations.tuning.vllm import Vllm
 from smart_decoding.progress import on_terminal
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.engines import Tunable
-    from smart_decoding.integrations.tuning.found import Verdict
+    from smart_decoding.integrations.tuning.found import LoadResult
 
 INTERRUPTED = 130
 TASKS = ("code", "maths", "general")
@@ -72,15 +71,12 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     more = 'other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)'
     add("--engine-args", type=json_object, default={}, metavar="JSON", help=more)
     add("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
-    add("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
-    together = "load all engines at once and let them take turns: steadier, if they fit"
-    add("--together", action="store_true", help=together)
     context = (
         "mean context of your requests while they are answered, for the profile of vLLM's "
         "adaptive verification (prompt and half the answer of what is measured)"
     )
     add("--context", type=int, metavar="TOKENS", help=context)
-    check = "then measure vLLM with the schedule against plain vLLM"
+    check = "then compare vLLM with the schedule with plain vLLM, in the time that is left"
     add("--check", action="store_true", help=check)
     _add_common(parser, "batch-sizes", (1, 2, 4, 8, 16), "vllm-speculative.json", 128)
 
@@ -97,7 +93,6 @@ def _add_sglang(parser: argparse.ArgumentParser) -> None:
     add("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
     more = "further options of SGLang's server, in quotes, such as '--tp 2' (none)"
     add("--server-args", type=shlex.split, default=[], metavar="WORDS", help=more)
-    add("--blocks", type=int, default=4, help="measurements of each load and size (4)")
     lines = (
         "start no server: read the --output-file of sglang.bench_serving, measured with STEPS "
         "draft steps (0: no speculation), a line for each load"
@@ -116,8 +111,8 @@ def _add_common(
     help_ = "your prompts: one a line, text or JSON with 'prompt' (code, maths, general)"
     add("--prompts", type=Path, metavar="FILE", help=help_)
     add("--max-tokens", type=int, default=tokens, help=f"longest answer ({tokens})")
-    help_ = "end the search then, and report its best so far (1800)"
-    add("--time-limit", type=float, default=1800.0, metavar="SECONDS", help=help_)
+    help_ = "end then, with the verdicts so far, and say how much time others need (3600)"
+    add("--time-limit", type=float, default=3600.0, metavar="SECONDS", help=help_)
     help_ = "keep each measurement there, and go on from them (none)"
     add("--resume", type=Path, metavar="FILE", help=help_)
     help_ = f"write the engine's own options there, and all measurements beside it ({output})"
@@ -129,6 +124,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print what to do, and write it. Raises ConfigError for what cannot be, before an
     engine is started, and ModelError if the engine fails without drafts."""
     refuse_windows("smart tune")
+    stop = time.monotonic() + args.time_limit
     _check(args)
     if args.engine == "sglang" and args.bench_serving:
         return _from_lines(args)
@@ -136,19 +132,19 @@ def main(args: argparse.Namespace) -> int:
     engine = _engine(args, texts)
     for warning in engine.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    search, error = _searched(args, engine, texts)
+    search, error = _searched(args, engine, texts, stop)
     choices = _choices(args, search)
     if not choices:
         if error is not None:
             raise error
         raise ModelError("nothing was measured: the time limit was too short")
-    print(report.text(search.found, choices))
+    print(report.text(search.found, choices, args.loads))
     for line in engine.write(search.found, choices, args.output):
         print(line)
     kept = {"smart_decoding": __version__, "engine": engine.name, **engine.about()}
     kept |= report.plain(search.found, choices)
     if getattr(args, "check", False) and error is None and args.output.exists():
-        kept["checked"] = _checked(args, engine, texts)
+        kept["checked"] = _checked(args, engine, texts, stop)
     write_json(args.output.with_suffix(".reasons.json"), kept)
     if isinstance(error, KeyboardInterrupt):
         print("smart: interrupted: this is what was known by then", file=sys.stderr)
@@ -160,8 +156,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that cannot be."""
-    if args.max_tokens < 2 or getattr(args, "blocks", 1) < 1:
-        raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+    if args.max_tokens < 2:
+        raise ConfigError("--max-tokens must be at least 2")
     if args.time_limit <= 0:
         raise ConfigError("--time-limit must be above 0")
     if getattr(args, "context", None) is not None and args.context < 1:
@@ -184,8 +180,11 @@ def _texts(args: argparse.Namespace) -> list[str]:
             tasks = [load_task("general")]
         texts = list(chain.from_iterable(zip(*tasks, strict=False)))
     most = max(args.loads)
-    if most > len(texts):
-        raise ConfigError(f"{len(texts)} prompts are too few for {most} requests at once")
+    if 2 * most > len(texts):
+        raise ConfigError(
+            f"{len(texts)} prompts are too few for {most} requests at once: half of them choose, "
+            f"the others judge, so give {2 * most}"
+        )
     return texts
 
 
@@ -196,9 +195,8 @@ def _engine(args: argparse.Namespace, texts: Sequence[str]) -> Tunable:
         return LlamaCpp(server, args.model, args.draft, texts, args.max_tokens, more)
     if args.engine == "vllm":
         arguments = {"model": args.model, **args.engine_args}
-        lengths, tokens, blocks = args.lengths, args.max_tokens, args.blocks
-        config, together, context = args.speculative_config, args.together, args.context
-        return Vllm(arguments, config, lengths, tokens, blocks, together, context)
+        config, lengths = args.speculative_config, args.lengths
+        return Vllm(arguments, config, lengths, args.max_tokens, args.context)
     if args.model is None:
         raise ConfigError("a model is missing: smart tune sglang MODEL, or --bench-serving files")
     drafter = ["--speculative-algorithm", args.speculative_algorithm]
@@ -206,30 +204,34 @@ def _engine(args: argparse.Namespace, texts: Sequence[str]) -> Tunable:
         drafter += ["--speculative-draft-model-path", args.speculative_draft_model_path]
     drafter += ["--speculative-eagle-topk", str(args.speculative_eagle_topk)]
     tiers = sglang_lines.nodes_of(args.nodes) or {steps: steps for steps in args.steps}
-    tokens, blocks, more = args.max_tokens, args.blocks, args.server_args
-    return Sglang(args.model, drafter, tiers, tokens, blocks, more)
+    return Sglang(args.model, drafter, tiers, args.max_tokens, args.server_args)
 
 
 def _searched(
-    args: argparse.Namespace, engine: Tunable, texts: Sequence[str]
+    args: argparse.Namespace, engine: Tunable, texts: Sequence[str], stop: float
 ) -> tuple[Search, BaseException | None]:
-    """Return the search, and what broke it off: Ctrl-C, or the engine's plain decoding."""
+    """Return the search, and what broke it off: Ctrl-C, or the engine's plain decoding. stop: of
+    time.monotonic()."""
     free = ("resume", "time_limit", "output", "command", "debug", "check", "loads")
     key = {name: value for name, value in vars(args).items() if name not in free}
     about = engine.about()
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    progress = Progress(args.resume, {**key, "version": about["version"], "texts": digest})
-    stop = time.monotonic() + args.time_limit
-    with ending_with_us(), _bar(args.time_limit) as tell:
+    key |= {"version": about["version"], "texts": digest}
+    if args.resume is not None:
+        key["machine"] = machine()
+    progress = Progress(args.resume, key)
+    left = stop - time.monotonic()
+    with ending_with_us(), _bar(left) as tell:
         search = Search(engine, Prompts(texts), progress, stop, tell)
         try:
-            search.run(sorted(set(args.loads)))
+            with time_limit(left):
+                search.run(sorted(set(args.loads)))
         except (KeyboardInterrupt, ModelError) as error:
             return search, error
     return search, None
 
 
-def _choices(args: argparse.Namespace, search: Search) -> list[Verdict]:
+def _choices(args: argparse.Namespace, search: Search) -> list[LoadResult]:
     found = [search.found.choice(load) for load in sorted(set(args.loads))]
     return [choice for choice in found if choice is not None]
 
@@ -255,19 +257,22 @@ def _bar(limit: float) -> Iterator[Any]:
         yield tell
 
 
-def _checked(args: argparse.Namespace, engine: Tunable, texts: Sequence[str]) -> dict[str, Any]:
+def _checked(
+    args: argparse.Namespace, engine: Tunable, texts: Sequence[str], stop: float
+) -> dict[str, Any]:
     """Print and return, by batch size, how fast vLLM with the schedule is beside plain vLLM."""
     assert isinstance(engine, Vllm)
     scheduled = engine.with_schedule(json.loads(args.output.read_text(encoding="utf-8")))
-    with ending_with_us():
-        search = Search(scheduled, Prompts(texts), Progress(None, {}))
-        found = search.run(sorted(set(args.loads)))
+    search = Search(scheduled, Prompts(texts), Progress(None, {}), stop)
+    with ending_with_us(), time_limit(stop - time.monotonic()):
+        search.run(sorted(set(args.loads)))
     ratios = {}
-    for load, setting in found.trials:
-        if setting.drafts:
-            ratio = found.ratio(load, setting, Setting())
-            ratios[str(load)] = [ratio.value, ratio.low, ratio.high]
-            print(f"batch {load}, with the schedule: {report.interval(ratio)} × plain")
+    for load, (verdict,) in search.found.verdicts.items():
+        ratio = verdict.ratio
+        said = f"{report.interval(ratio)} × plain" if ratio.pairs else "not measured"
+        end = f", no verdict: {report.lacking(verdict.lacking)}" if verdict.faster is None else ""
+        ratios[str(load)] = [ratio.value, ratio.low, ratio.high]
+        print(f"batch {load}, with the schedule: {said}{end}")
     return ratios
 
 

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
+from smart_decoding.integrations.tuning import verdicts
 from smart_decoding.integrations.tuning.settings import PLAIN
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.statistics import Ratio
     from smart_decoding.integrations.tuning.settings import Setting, Trial
+    from smart_decoding.integrations.tuning.verdicts import Verdict
 
-MARGIN = 1.02  # times as fast as plain: less is not worth an option
-NEAR = 0.95  # times as fast as plain: what has less drops out of a race
 LOST = 0.9  # times as fast as plain: drafts with less are not tried with more requests
 
 
+class Trials(dict[tuple[int, "Setting"], dict[int, "Trial"]]):
+    """Load and setting -> number of a block -> its trial, each of a process of its own."""
+
+    def of(self, load: int, setting: Setting) -> dict[int, Trial]:
+        """Return the trials of a setting by block."""
+        return self.get((load, setting), {})
+
+    def ratios(self, load: int, setting: Setting, base: Setting) -> list[float]:
+        """Return how much faster a setting is than another, for each block that both answered."""
+        ours, theirs = self.of(load, setting), self.of(load, base)
+        return [ours[at].rate / theirs[at].rate for at in sorted(ours.keys() & theirs.keys())]
+
+    def ratio(self, load: int, setting: Setting, base: Setting) -> Ratio:
+        """Return their mean with an interval; NaN if no block was answered by both."""
+        return verdicts.at_look(self.ratios(load, setting, base))
+
+    def value(self, load: int, setting: Setting, base: Setting) -> float:
+        """Return the mean ratio alone; 0 where there is none."""
+        return 1.0 if setting == base else mean(self.ratios(load, setting, base))
+
+
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """The result at one load. plain: the best setting without drafts; best: the best one with
-    drafts, None if none worked; ratio: best over plain; gain: plain over the engine's defaults;
-    rates: tokens per second of plain and best; drafted: tokens of a round's draft; accepted: share
-    of them; tokens: of a round; cost: seconds of a round over plain decoding's."""
+class LoadResult:
+    """The result at one load. plain: the setting without drafts; best: the best one with drafts,
+    None if none worked; ratio: best over plain; faster: the verdict on it, None without one;
+    lacking: seconds that a verdict takes at most; rates: tokens per second of plain and best;
+    drafted: tokens of a round's draft; accepted: share of them; tokens: of a round; cost: seconds
+    of a round over plain decoding's."""
 
     load: int
     plain: Setting
     best: Setting | None
     ratio: Ratio
-    gain: Ratio
+    faster: bool | None
     rates: tuple[float, float]
+    lacking: float = 0.0
     drafted: float = 0.0
     accepted: float = 0.0
     tokens: float = 1.0
@@ -39,8 +62,13 @@ class Verdict:
 
     @property
     def pays(self) -> bool:
-        """Whether drafts are faster, beyond doubt and by enough."""
-        return self.best is not None and self.ratio.value > MARGIN and self.ratio.low > 1.0
+        """Whether a verdict says that drafts are faster."""
+        return self.best is not None and self.faster is True
+
+    @property
+    def open(self) -> bool:
+        """Whether there were drafts, and no time for a verdict."""
+        return self.best is not None and self.faster is None
 
     @property
     def chosen(self) -> Setting:
@@ -50,61 +78,34 @@ class Verdict:
 
 @dataclass
 class Found:
-    """trials: load and setting -> number of a block -> its trial; bases: the plain setting that
-    others are compared with now; left: settings that are left of the last race, the fastest first;
-    errors: why a setting did not work at a load; left_out: settings not tried for lack of time."""
+    """trials: while settings were chosen; judged: of verdicts; base: plain decoding at a load, its
+    options confirmed by verdicts; verdicts: of a load in the order of stages; errors: why a setting
+    did not work at a load; left_out: settings not tried for lack of time; notes: of engines."""
 
-    trials: dict[tuple[int, Setting], dict[int, Trial]] = field(default_factory=dict)
-    bases: dict[int, Setting] = field(default_factory=dict)
-    left: dict[int, list[Setting]] = field(default_factory=dict)
+    trials: Trials = field(default_factory=Trials)
+    judged: Trials = field(default_factory=Trials)
+    base: dict[int, Setting] = field(default_factory=dict)
+    verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
     errors: dict[tuple[int, Setting], str] = field(default_factory=dict)
     left_out: list[tuple[int, Setting]] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
 
-    def of(self, load: int, setting: Setting) -> dict[int, Trial]:
-        """Return the trials of a setting by block."""
-        return self.trials.get((load, setting), {})
-
-    def ratio(self, load: int, setting: Setting, base: Setting) -> Ratio:
-        """Return how much faster a setting is than another, over the blocks that both answered,
-        with its 95 % interval; NaN if there are none."""
-        ours, theirs = self.of(load, setting), self.of(load, base)
-        both = sorted(ours.keys() & theirs.keys())
-        return paired_ratio(
-            [Pair(ours[at].rate, theirs[at].rate, theirs[at].tokens) for at in both]
-        )
-
-    def value(self, load: int, setting: Setting, base: Setting) -> float:
-        """Return the ratio alone; 0 where there is none."""
-        value = 1.0 if setting == base else self.ratio(load, setting, base).value
-        return 0.0 if math.isnan(value) else value
-
-    def best(self, load: int, settings: Iterable[Setting], base: Setting) -> Setting:
-        """Return the fastest of the settings and of `base`, which all are compared with."""
-        return max((base, *settings), key=self._key(load, base))
-
-    def finalists(self, load: int, settings: Iterable[Setting], base: Setting) -> list[Setting]:
-        """Return those that were compared with `base` on at least half of the most blocks: few
-        blocks flatter."""
-        theirs = self.of(load, base).keys()
-        shared = {each: len(self.of(load, each).keys() & theirs) for each in settings}
-        most = max(shared.values(), default=0)
-        return [each for each, count in shared.items() if count and 2 * count >= most]
-
-    def _key(self, load: int, base: Setting) -> Callable[[Setting], float]:
-        return lambda setting: self.value(load, setting, base)
+    def all_of(self, load: int, setting: Setting) -> list[Trial]:
+        """Return all trials of a setting."""
+        return [
+            *self.trials.of(load, setting).values(),
+            *self.judged.of(load, setting).values(),
+        ]
 
     def settings(self, load: int) -> list[Setting]:
         """Return all that worked at a load, in the order of trying."""
-        return [setting for at, setting in self.trials if at == load]
-
-    def modes(self, load: int) -> set[str]:
-        """Return the ways of drafting that worked at a load."""
-        return {setting.mode for setting in self.settings(load)}
+        both = (*self.trials, *self.judged)
+        return list(dict.fromkeys(setting for at, setting in both if at == load))
 
     def differs(self, load: int, setting: Setting) -> bool:
         """Return whether a setting was measured, and drafted if it should: some drafters need
         another file, and say nothing."""
-        trials = self.of(load, setting).values()
+        trials = self.all_of(load, setting)
         return bool(trials) and (setting.mode == PLAIN or any(trial.drafted for trial in trials))
 
     def broken(self, load: int, mode: str) -> bool:
@@ -127,51 +128,72 @@ class Found:
         )
 
     def _lost(self, load: int, setting: Setting) -> bool:
-        bases = [each for each in self.settings(load) if each.mode == PLAIN]
-        values = [self.value(load, setting, base) for base in bases]
-        return any(0.0 < value < LOST for value in values)
+        return 0.0 < self.trials.value(load, setting, self.base[load]) < LOST
 
-    def choice(self, load: int) -> Verdict | None:
+    def choice(self, load: int) -> LoadResult | None:
         """Return the result at a load; None if nothing was measured there."""
-        settings = self.settings(load)
-        plain = [setting for setting in settings if setting.mode == PLAIN]
-        if not plain:
+        plain = self.base.get(load)
+        if plain is None or not self.all_of(load, plain):
             return None
-        best_plain = self.bases.get(load, plain[0])
-        drafts = [each for each in settings if each.mode != PLAIN and self.differs(load, each)]
-        drafts = self.finalists(load, drafts, best_plain)
-        drafts = [each for each in self.left.get(load, ()) if each in drafts] or drafts
-        if not drafts:  # broken off while plain decoding was tried
-            best_plain = self.best(load, plain, best_plain)
-        gain = self.ratio(load, best_plain, plain[0])
-        if not drafts:
-            none = Ratio(1.0, 1.0, 1.0, 0)
-            rate = _rate(self.of(load, best_plain).values())
-            return Verdict(load, best_plain, None, none, gain, (rate, rate))
-        best = max(drafts, key=self._key(load, best_plain))
-        return self._compared(load, best_plain, best, gain)
+        of_drafts = [
+            each
+            for each in self.verdicts.get(load, [])
+            if each.setting.drafts and (load, each.setting) not in self.errors
+        ]
+        verdict = of_drafts[0] if of_drafts else self._so_far(load, plain)
+        waiting = [each for at, each in self.left_out if at == load and each.drafts]
+        if verdict is None and waiting:
+            verdict = verdicts.Verdict(load, plain, waiting[0], verdicts.at_look([]), None)
+        if verdict is None:
+            rate = _rate(self.all_of(load, plain))
+            return LoadResult(load, plain, None, verdicts.at_look([]), None, (rate, rate))
+        beside = bool(self.judged.ratios(load, verdict.setting, plain))
+        return _choice(self.judged if beside else self.trials, verdict)
 
-    def _compared(self, load: int, plain: Setting, best: Setting, gain: Ratio) -> Verdict:
-        ours, theirs = self.of(load, best), self.of(load, plain)
-        both = sorted(ours.keys() & theirs.keys())
-        fast, slow = [ours[at] for at in both], [theirs[at] for at in both]
-        rounds = sum(trial.rounds for trial in fast)
-        drafted = sum(trial.drafted for trial in fast)
-        tokens = sum(trial.tokens for trial in fast) / rounds
-        rates = (_rate(slow), _rate(fast))
-        return Verdict(
-            load,
-            plain,
-            best,
-            self.ratio(load, best, plain),
-            gain,
-            rates,
-            drafted=drafted / rounds,
-            accepted=sum(trial.accepted for trial in fast) / drafted if drafted else 0.0,
-            tokens=tokens,
-            cost=tokens * rates[0] / rates[1],
-            context=sum(trial.context for trial in slow) / len(slow),
-        )
+    def _so_far(self, load: int, plain: Setting) -> Verdict | None:
+        """Return the best drafts of a race that was broken off, without a verdict."""
+        drafts = [each for each in self.settings(load) if each.mode != PLAIN]
+        drafts = [s for s in drafts if self.differs(load, s) and (load, s) not in self.errors]
+        drafts = [each for each in drafts if self.trials.ratios(load, each, plain)]
+        if not drafts:
+            return None
+        best = max(drafts, key=lambda each: self.trials.value(load, each, plain))
+        ratio = self.trials.ratio(load, best, plain)
+        return verdicts.Verdict(load, plain, best, ratio, None)
+
+
+def _choice(trials: Trials, verdict: Verdict) -> LoadResult:
+    """Return the choice that a verdict means, with figures of these trials."""
+    load, plain, best = verdict.load, verdict.base, verdict.setting
+    ours, theirs = trials.of(load, best), trials.of(load, plain)
+    both = sorted(ours.keys() & theirs.keys())
+    fast, slow = [ours[at] for at in both], [theirs[at] for at in both]
+    if not both:
+        rates = (_rate(theirs.values()), math.nan)
+        return LoadResult(load, plain, best, verdict.ratio, None, rates, lacking=verdict.lacking)
+    rounds = sum(trial.rounds for trial in fast)
+    drafted = sum(trial.drafted for trial in fast)
+    tokens = sum(trial.tokens for trial in fast) / rounds
+    rates = (_rate(slow), _rate(fast))
+    return LoadResult(
+        load,
+        plain,
+        best,
+        verdict.ratio,
+        verdict.faster,
+        rates,
+        lacking=verdict.lacking,
+        drafted=drafted / rounds,
+        accepted=sum(trial.accepted for trial in fast) / drafted if drafted else 0.0,
+        tokens=tokens,
+        cost=tokens * rates[0] / rates[1],
+        context=sum(trial.context for trial in slow) / len(slow),
+    )
+
+
+def mean(ratios: Sequence[float]) -> float:
+    """Return the geometric mean; 0 of none."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
 
 
 def _rate(trials: Iterable[Trial]) -> float:

@@ -8,50 +8,47 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.provenance import write_text
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.integrations.tuning import huge_pages
-from smart_decoding.integrations.tuning.found import MARGIN
+from smart_decoding.integrations.tuning import busy, huge_pages
 from smart_decoding.integrations.tuning.llama_help import asked
-from smart_decoding.integrations.tuning.processes import ServerProcess, free_memory, free_port
-from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
+from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
+from smart_decoding.integrations.tuning.settings import Setting, Trial
+from smart_decoding.kernels import children
 from smart_decoding.models.checkpoints.gguf_words import has_mtp, own_words
 
 if TYPE_CHECKING:
-    from smart_decoding.integrations.tuning.found import Found, Verdict
+    from smart_decoding.integrations.tuning.found import Found, LoadResult
 
 SERVER = "llama-server"
 GET = (
     f"no {SERVER} is on PATH: name yours by --server PATH, or get one: brew install llama.cpp, "
     "winget install llama.cpp, or https://github.com/ggml-org/llama.cpp/releases"
 )
-MOST_AT_ONCE = 8  # servers
-OVERHEAD = 1 << 30  # bytes of a server beside its weights
-AT_LEAST = 3  # prompts of a block
-TEMPLATE = 256  # tokens that a chat's template and its system prompt may take
-ANSWERING = 600.0  # seconds for a prompt of each slot
-# Options behind our back: what is printed would not be all.
-_VARIABLES = "LLAMA_ARG_"
+AT_LEAST, WAVES = 3, 2  # prompts of a block: in all, and for each slot
+SPARE = 8  # tokens of a slot beyond prompt and answer
+GUESSED = 256  # tokens of a chat's template, until a server has counted
+ANSWERING = 600.0  # seconds for a prompt
+# Options behind our back: what is printed would not be all. A key would refuse our requests.
+_VARIABLES = ("LLAMA_ARG_", "LLAMA_API_KEY")
+OURS = ("--host", "--port", "--api-key", "--api-key-file")  # options that only we can set
+_ON_GPU = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 # Of plain decoding, each beside the defaults.
 CHANGES = (
     ("--flash-attn", "on"),
     ("--flash-attn", "off"),
     ("--no-repack",),
-    ("--backend-sampling",),
-    ("--kv-unified",),
-    ("--ubatch-size", "128"),
     ("--load-mode", "none"),
     ("--no-mmap",),
 )
 # Tokens of a draft at most, and the least probability of a token: defaults first.
-DRAFTS = ((3, 0.0), (16, 0.75), (8, 0.5), (5, 0.0), (2, 0.0), (1, 0.0), (4, 0.4))
+DRAFTS = ((3, 0.0), (16, 0.75), (8, 0.5), (5, 0.0), (1, 0.0))
 # Tokens to look up and tokens to draft. Defaults look up twelve or more, which seldom come again.
 LOOKUPS = ((4, 48), (5, 8), (3, 4))
 MATCHES = ((4, 32), (4, 8))
@@ -63,7 +60,6 @@ class LlamaCpp:
     """One llama-server with one model; see `Tunable`."""
 
     name = "llama.cpp"
-    shares: tuple[int, ...] = (1, 3, 1, 4, 2, 2)
 
     def __init__(
         self,
@@ -77,16 +73,19 @@ class LlamaCpp:
         """texts: all prompts; tokens: of an answer at most; more: further options, of plain
         decoding too. Raises ConfigError for files that cannot be."""
         architecture(model)  # refuses other files
-        self.patience = Patience()
-        self.server, self.model, self.draft = server, model, draft
+        refused = [word for word in more if word in OURS]
+        if refused:
+            raise ConfigError(f"--server-args: leave out {refused[0]}, smart tune has its own")
+        self.server, self.model = server, model.absolute()
+        self.draft = None if draft is None else draft.absolute()
         self.tokens, self.more = tokens, tuple(more)
         self.help = asked(server)
         self._ways = self._drafting(draft)
-        self._count = len(texts)
+        self._texts = texts
         self.warnings: list[str] = []
-        longest = max(len(text.encode()) for text in texts)
-        self.context = longest // 2 + TEMPLATE + tokens
+        self.context = max(len(text.encode()) for text in texts) // 2 + GUESSED + tokens
         self._encoded: dict[str, list[int]] = {}
+        self._has_gpu = False  # whether any server had layers there
 
     def groups(self, loads: Sequence[int]) -> list[tuple[int, ...]]:
         """Return each load by itself: its number of slots is an option of the server."""
@@ -94,39 +93,20 @@ class LlamaCpp:
 
     def prompts(self, load: int) -> int:
         """Return how many prompts a block has."""
-        return min(self._count, AT_LEAST * -(-load // AT_LEAST))
+        return max(AT_LEAST, WAVES * load)
 
-    def room(self, loads: Sequence[int]) -> int:
-        """Return how many servers memory holds, if each repacks its weights."""
-        files = [path for path in (self.model, self.draft) if path]
-        size = OVERHEAD + sum(path.stat().st_size for path in files)
-        return min(MOST_AT_ONCE, max(1, int(0.8 * free_memory()) // size))
-
-    def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+    def stages(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
         """Yield plain decoding with huge pages, without which two processes with the same options
-        may differ by a tenth; with single changes; those that gained together; drafts of all kinds;
-        what is like the best of them."""
+        may differ by a tenth; with single changes; drafts of all kinds."""
         (load,) = loads
-        default = Setting()
-        huge = Setting(base=huge_pages.variable())
-        yield list(dict.fromkeys((default, huge)))
-        first = found.best(load, [huge], default)
-        changed = [replace(first, base=(*first.base, *each)) for each in self._changes(load)]
-        yield [first, *changed]
-        ratios = {setting: found.ratio(load, setting, first) for setting in changed}
-        better = [s for s, ratio in ratios.items() if ratio.pairs > 1 and ratio.value > MARGIN]
-        better.sort(key=lambda setting: ratios[setting].value, reverse=True)
-        changes = [setting.base[len(first.base) :] for setting in better]
-        together = Setting(base=(*first.base, *_joined(changes)))
-        more = [*better[:1], together] if len(better) > 1 else better
-        yield [default, *more]
-        base = found.best(load, [first, *more], default)
-        drafts = [replace(base, mode=mode, drafts=words) for mode, words in self.drafts()]
-        yield [base, *drafts]
-        if found.left[load]:
-            best = found.left[load][0]
-            working = [setting for setting in drafts if found.differs(load, setting)]
-            yield [base, best, *self._like(load, best, base, working, found)]
+        huge = huge_pages.variable()
+        if huge:
+            yield [Setting(base=huge)]
+        base = found.base[load]
+        yield [replace(base, base=(*base.base, *each)) for each in self._changes()]
+        base = found.base[load]
+        ways = [replace(base, mode=mode, drafts=words) for mode, words in self.drafts()]
+        yield [*ways, *self._both(ways)]
 
     def drafts(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return the ways of drafting with their options, a default of each way first."""
@@ -144,18 +124,44 @@ class LlamaCpp:
             "--cache-ram": "0",
         }
         flags = [flag for flag in ("--offline", "--no-cache-prompt") if flag in self.help]
+        if self.help.takes("--verbosity", "trace"):
+            flags += ["--verbosity", "4"]  # what it says of GPUs; tokens are logged from 5 on
         found = [str(self.server), "--model", str(self.model), *flags]
         for option, value in own.items():
             found += [option, value] if option in self.help else []
         return [*found, *self.more, *words]
 
     def environment(self) -> dict[str, str]:
-        """Return ours without variables that are options of llama.cpp."""
-        return {name: text for name, text in os.environ.items() if not name.startswith(_VARIABLES)}
+        """Return the user's, without variables that are options of llama.cpp."""
+        own = children.environment()
+        return {name: text for name, text in own.items() if not name.startswith(_VARIABLES)}
 
     def launch(self, setting: Setting, loads: Sequence[int]) -> LlamaServer:
         """Start a server. Raises ModelError with its reason if it does not."""
         return LlamaServer(self, setting.words, max(loads))
+
+    def fits(self, server: ServerProcess) -> bool:
+        """Return whether the context holds all prompts in the model's tokens; if not, it is set
+        so that it does. They are counted by the first server: of digits each may be a token."""
+        if not self._encoded:
+            longest = max(len(self.encoded(server, text)) for text in self._texts)
+            needed = longest + self.tokens + SPARE
+            if needed > self.context:
+                self.context = needed
+                return False
+        return True
+
+    def beside_gpu(self, log: str, words: Sequence[str]) -> list[str]:
+        """Return a line for each model of a server that is not all on the GPU, as `--fit` leaves
+        it where memory is short."""
+        layers = dict.fromkeys((int(some), int(of)) for some, of in _ON_GPU.findall(log))
+        self._has_gpu |= any(some for some, _ in layers)
+        name = " ".join(words) or "the defaults"
+        return [
+            f"Not on the GPU: {of - some} of {of} layers with {name}."
+            for some, of in layers
+            if some < of and self._has_gpu
+        ]
 
     def encoded(self, server: ServerProcess, text: str) -> list[int]:
         """Return a prompt as a chat of one message, in the model's tokens. Kept: settings do not
@@ -171,13 +177,15 @@ class LlamaCpp:
 
     def about(self) -> dict[str, Any]:
         """Return the server's version, and the files."""
-        done = subprocess.run([str(self.server), "--version"], capture_output=True, text=True)
+        command = [str(self.server), "--version"]
+        environment = self.environment()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         files = {"model": self.model.name, "draft": self.draft and self.draft.name}
         return {"version": f"{done.stdout}{done.stderr}".strip(), **files, "always": self.more}
 
-    def write(self, found: Found, choices: Sequence[Verdict], output: Path) -> list[str]:
+    def write(self, found: Found, choices: Sequence[LoadResult], output: Path) -> list[str]:
         """Write a preset for each load; return command lines that are ready to paste."""
-        preset = ["; Written by smart tune: llama-server --models-preset FILE", "version = 1"]
+        preset = ["; Written by smart tune: llama-server --models-preset FILE"]
         on_path = shutil.which(SERVER) == str(self.server)
         program = SERVER if on_path else str(self.server)
         lines = []
@@ -186,13 +194,13 @@ class LlamaCpp:
             start = ["-m", str(self.model), "--parallel", str(choice.load), *words]
             line = huge_pages.in_front([program, *start])
             lines.append(f"{choice.load} at once: {shlex.join(line)}")
-            preset += ["", f"[{self._section(choice.load)}]", f"model = {self.model.absolute()}"]
+            preset += ["", f"[{self._section(choice.load)}]", f"model = {self.model}"]
             preset += [f"{key} = {value}" for key, value in pairs(("--parallel", str(choice.load)))]
             options = [word for word in words if word != huge_pages.VARIABLE]
             preset += [f"{key} = {value}" for key, value in pairs(options)]
         if "--models-preset" not in self.help:
             return lines
-        if any(mark in line for line in preset[2:] for mark in ";#"):
+        if any(mark in line for line in preset[1:] for mark in ";#"):
             return [*lines, "No preset was written: a path has ; or #, which begins a comment"]
         write_text(output, "\n".join(preset) + "\n")
         used = [word for choice in choices for word in choice.chosen.base]
@@ -202,19 +210,24 @@ class LlamaCpp:
     def _section(self, load: int) -> str:
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.model.stem)}-{load}-at-once"
 
-    def _changes(self, load: int) -> list[tuple[str, ...]]:
+    def _changes(self) -> list[tuple[str, ...]]:
         """Return changes of plain decoding that this server knows."""
         found: list[tuple[str, ...]] = [("--threads", str(count)) for count in threads()]
         for change in CHANGES:
             option, *values = change
             listed = all(v.isdigit() or self.help.takes(option, v) for v in values)
-            known = option in self.help and listed
-            if known and not (option == "--kv-unified" and load == 1):
+            if option in self.help and listed:
                 found.append(change)
         if ("--load-mode", "none") in found and ("--no-mmap",) in found:
             found.remove(("--no-mmap",))
         mine = {word for word in self.more if word.startswith("-")}
         return [change for change in found if change[0] not in mine]
+
+    def _both(self, ways: Sequence[Setting]) -> list[Setting]:
+        """Return short n-grams before the defaults of a draft model, if there are both."""
+        ngrams = [setting for setting in ways if setting.mode == "ngram-simple"]
+        models = [setting for setting in ways if setting.mode.startswith("draft")]
+        return [together(ngrams[-1], models[0])] if ngrams and models else []
 
     def _drafting(self, draft: Path | None) -> list[str]:
         """Return the ways of drafting that can work with these files."""
@@ -257,38 +270,22 @@ class LlamaCpp:
         words += (length, str(most)) if length else ()
         return (*words, floor, str(least)) if floor else words
 
-    def _like(
-        self, load: int, best: Setting, base: Setting, working: Sequence[Setting], found: Found
-    ) -> list[Setting]:
-        """Return the best drafts with other layouts of weights and KV memory, as rounds have more
-        rows; and n-grams before the draft model, if both work."""
-        toggled = []
-        for flag in ("--no-repack", "--kv-unified"):
-            if flag in self.help and flag not in self.more:
-                without = tuple(word for word in best.base if word != flag)
-                other = without if flag in best.base else (*best.base, flag)
-                toggled.append(replace(best, base=other))
-        both = [
-            max(some, key=lambda setting: found.value(load, setting, base))
-            for some in (
-                [s for s in working if s.mode.startswith("ngram")],
-                [s for s in working if s.mode.startswith("draft")],
-            )
-            if some
-        ]
-        if len(both) == 2 and "--spec-type" in self.help:
-            toggled.append(together(*both))
-        return toggled
-
 
 class LlamaServer:
-    """A running llama-server, stopped by a signal while it has no requests. It hears each prompt
-    once, and is started again for a second time: some of its drafters remember answers."""
+    """A running llama-server, which has answered once: the first answer is slow."""
 
     def __init__(self, engine: LlamaCpp, words: Sequence[str], slots: int) -> None:
-        self._engine, self._words, self._slots = engine, words, slots
-        self._heard: set[str] = set()
-        self._server = self._started()
+        self._engine = engine
+        self._server = self._started(words, slots)
+        try:
+            if not engine.fits(self._server):
+                self._server.close()
+                self._server = self._started(words, slots)
+            self._completed(engine.encoded(self._server, "Hello"), 8)
+        except BaseException:
+            self._server.close()
+            raise
+        self.notes = engine.beside_gpu(self._server.log(), words)
 
     def __enter__(self) -> LlamaServer:
         return self
@@ -298,37 +295,16 @@ class LlamaServer:
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:
         """Answer prompts greedily, as many at once as there are slots. Raises ModelError."""
-        if self._heard & set(prompts):
-            self._server.close()
-            self._heard.clear()
-            self._server = self._started()
-        self._heard |= set(prompts)
-        self._server.resume()
         encoded = [self._engine.encoded(self._server, prompt) for prompt in prompts]
-        started = time.perf_counter()
-        found = self._completed(self._server, encoded, self._engine.tokens)
-        seconds = time.perf_counter() - started
-        self._server.pause()
-        return trial_of(found, seconds)
+        return busy.trial(encoded, load, lambda each: self._completed(each, self._engine.tokens))
 
-    def _started(self) -> ServerProcess:
+    def _started(self, words: Sequence[str], slots: int) -> ServerProcess:
         port = free_port()
-        command = self._engine.command(port, self._slots, self._words)
-        server = ServerProcess(command, port, self._engine.environment())
-        try:  # the first answer is slow
-            self._completed(server, [self._engine.encoded(server, "Hello")], 8)
-            server.pause()
-        except BaseException:
-            server.close()
-            raise
-        return server
+        command = self._engine.command(port, slots, words)
+        return ServerProcess(command, port, self._engine.environment())
 
-    def _completed(
-        self, server: ServerProcess, prompts: Sequence[Sequence[int]], tokens: int
-    ) -> list[Any]:
-        body = completion(prompts, tokens)
-        found = server.ask("/completion", body, ANSWERING * -(-len(prompts) // self._slots))
-        return found if isinstance(found, list) else [found]
+    def _completed(self, prompt: Sequence[int], tokens: int) -> busy.Answered:
+        return answer_of(self._server.ask("/completion", completion([prompt], tokens), ANSWERING))
 
 
 def completion(prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
@@ -350,20 +326,15 @@ def together(ngram: Setting, draft: Setting) -> Setting:
     return replace(draft, mode=types, drafts=words)
 
 
-def trial_of(answers: Sequence[Mapping[str, Any]], seconds: float) -> Trial:
-    """Return the figures of llama-server's answers. Raises ModelError for one without timings."""
+def answer_of(found: Any) -> busy.Answered:
+    """Return the figures of llama-server's answer. Raises ModelError for one without timings."""
     try:
-        times = [answer["timings"] for answer in answers]
-        counts = [(int(each["prompt_n"]), int(each["predicted_n"])) for each in times]
+        times = (found[0] if isinstance(found, list) else found)["timings"]
+        drafted, accepted = times.get("draft_n", 0), times.get("draft_n_accepted", 0)
+        counts = int(times["prompt_n"]), int(times["predicted_n"])
+        return busy.Answered(*counts, drafted, accepted, float(times["predicted_ms"]) / 1e3)
     except (KeyError, TypeError) as error:
         raise ModelError(f"{SERVER} answered without {error}: it is too old") from error
-    return Trial(
-        sum(predicted for _, predicted in counts),
-        seconds,
-        sum(each.get("draft_n", 0) for each in times),
-        sum(each.get("draft_n_accepted", 0) for each in times),
-        sum(prompt + predicted / 2 for prompt, predicted in counts) / len(counts),
-    )
 
 
 def server_at(path: Path | None) -> Path:
@@ -416,11 +387,3 @@ def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
         elif found:
             found[-1] = (found[-1][0], word)
     return found
-
-
-def _joined(changes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Return changes together, the first one of each option."""
-    found: dict[str, tuple[str, ...]] = {}
-    for change in changes:
-        found.setdefault(change[0], change)
-    return tuple(word for change in found.values() for word in change)

@@ -1,6 +1,7 @@
 """Servers that are started here: their ends, their last words, and how they are asked.
 
-A server gets a process group of its own, so that Ctrl-C reaches us alone, and ends with us.
+A server gets a process group of its own, so that Ctrl-C reaches us alone, and ends with us, also
+where we are killed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.tuning import huge_pages
-from smart_decoding.kernels import limits
+from smart_decoding.kernels import children
 
 ASKING = 5.0  # seconds until a server that says nothing is asked again whether it is ready
 ENDING = 20.0  # seconds that a server has to end by itself
@@ -33,6 +34,10 @@ ENDING = 20.0  # seconds that a server has to end by itself
 _ERROR = re.compile(r"^(?:\d[\d.]* E )|\b(?:error|Error|failed)\b")
 _TIME = re.compile(r"^\d[\d.]* [EWID] (?:\S+\s+)?")
 _RUNNING: set[ServerProcess] = set()
+
+
+class TimeUpError(Exception):
+    """The time limit came in the middle of something."""
 
 
 class ServerProcess:
@@ -51,7 +56,7 @@ class ServerProcess:
         if huge_pages.VARIABLE in command:
             command = [word for word in command if word != huge_pages.VARIABLE]
             name, _, value = huge_pages.VARIABLE.partition("=")
-            environment = {**(os.environ if environment is None else environment), name: value}
+            environment = {**(environment or children.environment()), name: value}
         self.name, self._port = Path(command[0]).name, port
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         try:
@@ -61,8 +66,9 @@ class ServerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=self._log,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env=environment or children.environment(),
                     start_new_session=True,
+                    preexec_fn=children.end_with_parent,
                 )
                 _RUNNING.add(self)
         except OSError as error:
@@ -114,6 +120,7 @@ class ServerProcess:
         finally:
             self._signal(signal.SIGKILL)  # what it started, too
             self._process.wait()
+            children.wait_for_group(self._process.pid, ENDING)
             self._log.close()
             _RUNNING.discard(self)
 
@@ -150,10 +157,11 @@ class ServerProcess:
             self._process.wait(timeout=1.0)  # one that dies closes its connections first
         code = self._process.poll()
         if code is None:
-            return error or reason_in(self._text())
-        return f"{self.name} ended with {code}: {reason_in(self._text())}"
+            return error or reason_in(self.log())
+        return f"{self.name} ended with {code}: {reason_in(self.log())}"
 
-    def _text(self) -> str:
+    def log(self) -> str:
+        """Return what it has printed."""
         size = os.fstat(self._log.fileno()).st_size
         # Not read(): the process writes at the position that it would move.
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
@@ -174,18 +182,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def free_memory() -> int:
-    """Return the bytes that processes may take; 0 where the system does not tell."""
-    limit = limits.free_memory()
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                available = int(rest.split()[0]) * 1024
-                return available if limit is None else min(available, limit)
-    return 0
-
-
 @contextmanager
 def ending_with_us() -> Iterator[None]:
     """Exit on SIGTERM and SIGHUP; leave no server behind, wherever a signal came between."""
@@ -202,6 +198,22 @@ def ending_with_us() -> Iterator[None]:
 
 
 @contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Leave the block of `with` when the time is up, whatever the main thread waits for."""
+
+    def late(_: int, __: object) -> None:
+        raise TimeUpError
+
+    with _handling((signal.SIGALRM,), late):
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+        try:
+            with contextlib.suppress(TimeUpError):
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+@contextmanager
 def _signals_later() -> Iterator[None]:
     """Hold signals that end us back: a server that is just started is not known yet."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main one's
@@ -209,7 +221,8 @@ def _signals_later() -> Iterator[None]:
         return
     came: list[int] = []
     try:
-        with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda n, _: came.append(n)):
+        all_ = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+        with _handling(all_, lambda number, _: came.append(number)):
             yield
     finally:
         for number in came[:1]:

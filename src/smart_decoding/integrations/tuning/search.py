@@ -1,92 +1,49 @@
-"""Successive halving, by a factor of three: all settings of an engine answer a block of prompts in
-turn, the fastest third answers one more, until one is left or the answer is clear.
+"""The search: in each stage a race chooses one setting, and a verdict compares it with the base.
 
-Blocks are paired: the setting to compare with answers the same prompts in the same minutes. An
-engine's processes are kept while memory allows, and stopped ones do not disturb.
+In a race all settings answer a block of prompts, the faster half another one, until one is left.
+A verdict takes new processes and other prompts. One engine runs at a time, started for one block
+of each load: another one in memory, even a stopped one, would change what is measured.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ModelError
-from smart_decoding.integrations.tuning.found import MARGIN, NEAR, Found
-from smart_decoding.integrations.tuning.settings import Setting, Trial
+from smart_decoding.integrations.tuning import verdicts
+from smart_decoding.integrations.tuning.found import Found, Trials
+from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
+from smart_decoding.integrations.tuning.verdicts import Verdict
 
 if TYPE_CHECKING:
     from smart_decoding.bench.resume import Progress
-    from smart_decoding.integrations.tuning.engines import Launched, Tunable
+    from smart_decoding.integrations.tuning.engines import Tunable
 
-KEPT = 3  # of so many settings one is left after a block
-ALIKE = 1.01  # settings that differ by less are one
-NARROW = 0.02  # half of an interval's width, over the ratio, that is clear enough
+KEPT = 2  # of so many settings one is left after a block
+NEAR = 0.95  # times as fast as the base, in one block: what has less gets no verdict
+OF_PLAIN = 1 / 3  # share of a load's time for a stage of plain decoding's options
+OF_RACE = 1 / 2  # share of a stage's time for its race
 
 Tell = Callable[[str, float], object]  # a line on what is done, and the share of all that is done
+RACES, JUDGED, CHOSEN = "races", "judged", "chosen"  # names of units in the file of --resume
 
 
 class Prompts:
-    """Prompts in blocks: block after block, from the first again behind the last."""
+    """Prompts in blocks, every other one for races and the rest for verdicts: block after block,
+    from the first again behind the last."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = list(texts)
+        self._texts = {RACES: list(texts[::2]), JUDGED: list(texts[1::2] or texts)}
 
-    def block(self, number: int, size: int) -> list[str]:
+    def block(self, use: str, number: int, size: int) -> list[str]:
         """Return the prompts of a block."""
-        count = len(self.texts)
-        return [self.texts[(number * size + i) % count] for i in range(size)]
-
-
-class Pool:
-    """Running engines of one group of loads. The one that answered longest ago makes room."""
-
-    def __init__(self, engine: Tunable, loads: Sequence[int]) -> None:
-        self._engine, self._loads = engine, loads
-        self.room = max(1, engine.room(loads))
-        self._running: OrderedDict[Setting, Launched] = OrderedDict()
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._running:
-            self._end(next(iter(self._running)))
-
-    def answer(self, setting: Setting, prompts: Sequence[str], load: int) -> Trial:
-        """Answer a block. Raises ModelError if it fails; it is ended then."""
-        running = self._started(setting)
-        self._running.move_to_end(setting)
-        try:
-            return running.answer(prompts, load)
-        except BaseException:
-            self._end(setting)
-            raise
-
-    def _started(self, setting: Setting) -> Launched:
-        if setting in self._running:
-            return self._running[setting]
-        while len(self._running) >= self.room:
-            self._end(next(iter(self._running)))
-        try:
-            self._start(setting)
-        except ModelError:
-            if not self._running:
-                raise
-            while self._running:  # there may be no room beside others after all
-                self._end(next(iter(self._running)))
-            self._start(setting)
-        return self._running[setting]
-
-    def _start(self, setting: Setting) -> None:
-        self._running[setting] = self._engine.launch(setting, self._loads).__enter__()
-
-    def _end(self, setting: Setting) -> None:
-        running = self._running.pop(setting, None)
-        if running is not None:
-            running.__exit__(None, None, None)
+        texts = self._texts[use]
+        size = min(size, len(texts))
+        return [texts[(number * size + i) % len(texts)] for i in range(size)]
 
 
 class Search:
@@ -97,164 +54,289 @@ class Search:
         engine: Tunable,
         prompts: Prompts,
         progress: Progress,
-        stop: float = float("inf"),
+        stop: float = math.inf,
         tell: Tell = lambda line, share: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """progress: where trials are kept; stop: time.monotonic() at which it ends."""
+        """progress: where trials are kept; stop: when it ends, by `clock`."""
         self.found = Found()
         self._engine, self._prompts, self._progress, self._tell = engine, prompts, progress, tell
-        self._stop = self._until = stop
-        self._block = 0  # the next one of the group
+        self._stop, self._clock = stop, clock
+        self._took: dict[tuple[int, Setting], float] = {}  # seconds of a block
+        self._loading = 0.0  # seconds to start an engine and to end it
         self._done = 0.0  # share of all work
-        self._kept: dict[tuple[int, Setting, int], Mapping[str, Any]] = {}
-        for unit in progress.units("trials"):
-            self._kept[unit["load"], _setting_of(unit["setting"]), unit["block"]] = unit
+        self._chosen = {(u["load"], u["stage"]): u["setting"] for u in progress.units(CHOSEN)}
+        for use in (RACES, JUDGED):
+            for unit in progress.units(use):
+                self._read(use, unit)
 
     def run(self, loads: Sequence[int]) -> Found:
-        """Measure at all loads. Raises ModelError if the engine's defaults do not work."""
+        """Measure at all loads, until the time is up. Raises ModelError if the engine's defaults do
+        not work."""
         groups = self._engine.groups(loads)
         for at, group in enumerate(groups):
-            now = time.monotonic()
-            stop = now + (self._stop - now) / (len(groups) - at)
-            self._block = 0
-            shares = self._engine.shares
-            for number, settings in enumerate(self._engine.settings(group, self.found)):
-                self._until = _part(stop, shares[number] / sum(shares[number:]))
-                with Pool(self._engine, group) as pool:
-                    self._race(pool, group, settings)
-                self._report((at + sum(shares[: number + 1]) / sum(shares)) / len(groups))
-            self._until = stop
-            with Pool(self._engine, group) as pool:
-                for load in group:
-                    self._settle(pool, load)
-            self._report((at + 1) / len(groups))
+            now = self._clock()
+            self._group(group, now + (self._stop - now) / (len(groups) - at))
+            self._tell("", (at + 1) / len(groups) - self._done)
+            self._done = (at + 1) / len(groups)
         return self.found
 
-    def _race(self, pool: Pool, loads: Sequence[int], settings: Sequence[Setting]) -> None:
-        base, *others = settings
-        self.found.bases |= dict.fromkeys(loads, base)
-        if not others and all(self.found.of(load, base) for load in loads):
-            return
-        patience = self._engine.patience
-        alive = {load: [s for s in others if not self.found.hopeless(load, s)] for load in loads}
-        self.found.left |= alive
-        done, count = 0, patience.first
-        while not done or (any(alive.values()) and done < patience.most):
-            self._turns(pool, base, alive, count)
-            done, count = done + count, 1
-            alive = {load: self._survivors(load, base, of) for load, of in alive.items()}
-            self.found.left |= alive
-            clear = done > 1 and all(len(of) <= 1 for of in alive.values())
-            if clear or self._late():
-                return
-
-    def _turns(
-        self, pool: Pool, base: Setting, alive: Mapping[int, Sequence[Setting]], count: int
-    ) -> None:
-        """Measure so many blocks of all that are left: in turn where all can run at once."""
-        blocks = range(self._block, self._block + count)
-        self._block += count
-        settings = list(dict.fromkeys((base, *(s for of in alive.values() for s in of))))
-        if len(settings) <= pool.room:
-            order = [
-                (block, s)
-                for block in blocks
-                for s in (*settings[block % len(settings) :], *settings[: block % len(settings)])
-            ]
-        else:
-            order = [(block, setting) for setting in settings for block in blocks]
-        for number, (block, setting) in enumerate(order):
-            self._tell(f"{_requests(alive)}, {number + 1} of {len(order)}: {setting}", 0.0)
-            for load, of in alive.items():
-                if setting in of or (setting == base and (of or not self.found.of(load, base))):
-                    self._measure(pool, load, setting, block)
-
-    def _measure(self, pool: Pool, load: int, setting: Setting, block: int) -> None:
-        """Add a trial, unless the time is over and its way of drafting is known. Raises ModelError
-        if the base fails, which nothing can be compared without."""
-        found, base = self.found, self.found.bases[load]
-        if (load, setting) in found.errors or found.broken(load, setting.mode):
-            return
-        if self._late() and setting.mode in found.modes(load):
-            if not found.of(load, setting):
-                found.left_out.append((load, setting))
-            return
-        if setting != base and self._late() and block not in found.of(load, base):
-            self._add(pool, load, base, block)
-        try:
-            self._add(pool, load, setting, block)
-        except ModelError as error:
-            if setting == base:
-                raise
-            found.errors[load, setting] = str(error)
-
-    def _add(self, pool: Pool, load: int, setting: Setting, block: int) -> None:
-        kept = self._kept.get((load, setting, block))
-        if kept is not None and "error" in kept:
-            raise ModelError(kept["error"])
-        if kept is not None:
-            trial = Trial(**kept["trial"])
-        else:
-            trial = self._tried(pool, load, setting, block)
-        self.found.trials.setdefault((load, setting), {})[block] = trial
-
-    def _tried(self, pool: Pool, load: int, setting: Setting, block: int) -> Trial:
-        unit = {"load": load, "setting": asdict(setting), "block": block}
-        prompts = self._prompts.block(block, self._engine.prompts(load))
-        try:
-            trial = pool.answer(setting, prompts, load)
-        except ModelError as error:
-            if setting != self.found.bases[load]:  # that one is tried again
-                self._progress.add("trials", {**unit, "error": str(error)})
-            raise
-        self._progress.add("trials", {**unit, "trial": asdict(trial)})
-        return trial
-
-    def _survivors(self, load: int, base: Setting, alive: Sequence[Setting]) -> list[Setting]:
-        """Return the fastest third, without those that are slower than the base: a little slower
-        is not enough after one block."""
+    def _group(self, loads: Sequence[int], stop: float) -> None:
         found = self.found
+        found.base |= dict.fromkeys(loads, Setting())
+        races = judged = 0  # blocks of earlier stages
+        for stage, settings in enumerate(self._engine.stages(loads, found)):
+            plain = all(setting.mode == PLAIN for setting in settings)
+            until = self._part(stop, OF_PLAIN if plain else 1.0)
+            begun = any((load, stage) in self._chosen for load in loads)
+            if plain and not begun and not self._worth_starting(loads, settings, until):
+                found.left_out += [(load, setting) for load in loads for setting in settings]
+                chosen = {}
+            else:
+                working = {at: [s for s in settings if not found.hopeless(at, s)] for at in loads}
+                chosen = self._race(stage, working, races, until)
+                self._judge(chosen, judged, until)
+            races, judged = races + len(settings), judged + verdicts.MOST
+            for load in chosen:
+                verdict = found.verdicts[load][-1]
+                if plain and verdict.faster:
+                    found.base[load] = verdict.setting
+
+    def _worth_starting(
+        self, loads: Sequence[int], settings: Sequence[Setting], until: float
+    ) -> bool:
+        """Return whether there is time for a race of all and for the first look of a verdict:
+        options that nothing confirms only take the time of drafts."""
+        blocks = 2 * min(verdicts.LOOKS) + (len(settings) + 1 if len(settings) > 1 else 0)
+        seconds = sum(self._expected(load, self.found.base[load]) for load in loads)
+        return self._clock() + blocks * (self._loading + seconds) < until
+
+    def _race(
+        self, stage: int, open_: Mapping[int, Sequence[Setting]], first: int, until: float
+    ) -> dict[int, Setting]:
+        """Return the setting of each load that a verdict is to compare with its base. One that is
+        not near it gets its verdict here. first: number of the first block."""
+        alive = {load: list(of) for load, of in open_.items() if not self._is_chosen(load, stage)}
+        contested = any(len(of) > 1 for of in alive.values())
+        until = self._part(until, OF_RACE)
+        turn = 0
+        while turn == 0 or any(len(of) > 1 for of in alive.values()):
+            if not contested or not self._round(alive, first + turn, turn == 0, until):
+                break
+            alive = {load: self._survivors(load, of) for load, of in alive.items()}
+            turn += 1
+        for load, of in alive.items():
+            if contested and not turn:
+                self._not_tried(load, of)
+                continue
+            self._chosen[load, stage] = asdict(of[0]) if of else None
+            unit = {"load": load, "stage": stage, "setting": self._chosen[load, stage]}
+            self._progress.add(CHOSEN, unit)
+        kept = {at: self._chosen[at, stage] for at in open_ if self._is_chosen(at, stage)}
+        for load, each in kept.items():
+            if each is None:
+                self._give_up(load, open_[load])
+        return {load: setting_of(each) for load, each in kept.items() if each is not None}
+
+    def _is_chosen(self, load: int, stage: int) -> bool:
+        """Return whether a race has ended, by now or in an earlier part of the run, with the base
+        of today: more time may have changed it."""
+        if (load, stage) not in self._chosen:
+            return False
+        kept, base = self._chosen[load, stage], self.found.base[load].base
+        return kept is None or tuple(kept["base"][: len(base)]) == base
+
+    def _round(
+        self, alive: dict[int, list[Setting]], block: int, first: bool, until: float
+    ) -> bool:
+        """Measure one more block of all that are alive; return whether there was time for all. In
+        the first round what there is no time for is left out, in others the round is."""
+        settings = list(dict.fromkeys(s for of in alive.values() for s in of))
+        jobs = [(s, [load for load, of in alive.items() if s in of]) for s in settings]
+        bases = self._bases(alive) if first else []
+        if not self._time_for(bases if first else jobs, RACES, block, until):
+            return False
+        for setting, loads in bases:
+            self._say(alive, f"{setting}")
+            self._answered(setting, loads, RACES, block)
+        measured = False
+        for number, (setting, loads) in enumerate(jobs):
+            working = [at for at in loads if not self.found.broken(at, setting.mode)]
+            if not working:
+                continue
+            if not first or self._time_for([(setting, working)], RACES, block, until):
+                self._say(alive, f"{number + 1} of {len(jobs)}: {setting}")
+                self._answered(setting, working, RACES, block)
+                measured = True
+            else:
+                self.found.left_out += [(load, setting) for load in working]
+        return measured
+
+    def _bases(self, loads: Iterable[int]) -> list[tuple[Setting, list[int]]]:
+        base = self.found.base
+        return [
+            (setting, [load for load in loads if base[load] == setting])
+            for setting in dict.fromkeys(base[load] for load in loads)
+        ]
+
+    def _survivors(self, load: int, alive: Sequence[Setting]) -> list[Setting]:
+        """Return the faster half, without those that are not near the base."""
+        found, base = self.found, self.found.base[load]
         working = [s for s in alive if (load, s) not in found.errors and found.differs(load, s)]
-        ranked = sorted(working, key=lambda s: found.value(load, s, base), reverse=True)
-        left = []
-        for setting in ranked[: -(-len(ranked) // KEPT)]:
-            ratio = found.ratio(load, setting, base)
-            if ratio.value >= (NEAR if ratio.pairs == 1 else 1.0):
-                left.append(setting)
-        values = [found.value(load, setting, base) for setting in left]
-        alike = len(values) > 1 and values[0] < ALIKE * values[-1]
-        return left[:1] if alike and len(found.of(load, left[0])) > 1 else left
+        near = [s for s in working if found.trials.value(load, s, base) >= NEAR]
+        ranked = sorted(near, key=lambda s: self._speed(load, s), reverse=True)
+        return ranked[: -(-len(alive) // KEPT)]
 
-    def _settle(self, pool: Pool, load: int) -> None:
-        """Measure plain decoding and the best drafts in turn until it is clear which is faster."""
-        choice = self.found.choice(load)
-        if choice is None or choice.best is None or choice.best not in self.found.left[load]:
+    def _speed(self, load: int, setting: Setting) -> float:
+        """Return the mean logarithm of its rates: all that are compared answered the same
+        blocks."""
+        rates = [trial.rate for trial in self.found.trials.of(load, setting).values()]
+        return sum(map(math.log, rates)) / len(rates)
+
+    def _give_up(self, load: int, settings: Sequence[Setting]) -> None:
+        """Note that nothing was near the base, with the best there was."""
+        found, base = self.found, self.found.base[load]
+        tried = [s for s in settings if found.differs(load, s)]
+        tried = [s for s in tried if found.trials.ratios(load, s, base)]
+        if tried:
+            best = max(tried, key=lambda s: found.trials.value(load, s, base))
+            ratio = found.trials.ratio(load, best, base)
+            verdict = Verdict(load, base, best, ratio, False)
+            found.verdicts.setdefault(load, []).append(verdict)
+
+    def _not_tried(self, load: int, settings: Sequence[Setting]) -> None:
+        """Note that the time is up before any of them was tried."""
+        self.found.left_out += [(load, setting) for setting in settings]
+        if not settings:
             return
-        base, best = choice.plain, choice.best
-        self.found.left[load] = [best]
-        for _ in range(self._engine.patience.last):
-            ratio = self.found.ratio(load, best, base)
-            narrow = ratio.high - ratio.low < 2 * NARROW * ratio.value
-            if narrow or ratio.low > MARGIN or ratio.high < 1.0 or self._late():
-                return
-            self._turns(pool, base, {load: [best]}, 1)
+        blocks = len(settings) + 2 * verdicts.MOST
+        seconds = blocks * (self._loading + self._expected(load, settings[0]))
+        base, ratio = self.found.base[load], verdicts.at_look([])
+        verdict = Verdict(load, base, settings[0], ratio, None, seconds)
+        self.found.verdicts.setdefault(load, []).append(verdict)
 
-    def _late(self) -> bool:
-        return time.monotonic() > self._until
+    def _judge(self, chosen: Mapping[int, Setting], first: int, until: float) -> None:
+        """Compare settings with their bases, pair by pair of new processes, until all have their
+        verdict or the time is up."""
+        open_ = dict(chosen)
+        for load, setting in chosen.items():
+            self.found.verdicts.setdefault(load, []).append(self._verdict(load, setting))
+        for pair in range(verdicts.MOST):
+            open_ = {load: s for load, s in open_.items() if self._open(load, s)}
+            jobs = [*self._bases(open_), *_by_setting(open_)]
+            if not jobs or not self._time_for(jobs, JUDGED, first + pair, until):
+                break
+            for setting, loads in jobs if pair % 2 == 0 else reversed(jobs):
+                if not self._time_for([(setting, loads)], JUDGED, first + pair, until):
+                    break  # the first one took longer than was known
+                self._say(open_, f"verdict, pair {pair + 1}: {setting}")
+                self._answered(setting, loads, JUDGED, first + pair)
+            for load, setting in open_.items():
+                self.found.verdicts[load][-1] = self._verdict(load, setting)
 
-    def _report(self, done: float) -> None:
-        self._tell("", done - self._done)
-        self._done = done
+    def _open(self, load: int, setting: Setting) -> bool:
+        undecided = self.found.verdicts[load][-1].faster is None
+        return undecided and (load, setting) not in self.found.errors
+
+    def _verdict(self, load: int, setting: Setting) -> Verdict:
+        base = self.found.base[load]
+        ratios = self.found.judged.ratios(load, setting, base)
+        ratio = verdicts.at_look(ratios)
+        if (load, setting) in self.found.errors:
+            return Verdict(load, base, setting, ratio, False)
+        faster = verdicts.decided(ratios)
+        pair = self._expected(load, base) + self._expected(load, setting) + 2 * self._loading
+        seconds = (verdicts.MOST - len(ratios)) * pair
+        return Verdict(load, base, setting, ratio, faster, 0.0 if faster is not None else seconds)
+
+    def _answered(self, setting: Setting, loads: Sequence[int], use: str, block: int) -> None:
+        """Have one process answer a block at each load. Raises ModelError if it fails and is a
+        base, which nothing can be compared without."""
+        trials = self._trials(use)
+        missing = [at for at in loads if block not in trials.of(at, setting)]
+        missing = [at for at in missing if (at, setting) not in self.found.errors]
+        if not missing:
+            return
+        began = self._clock()
+        try:
+            with self._engine.launch(setting, loads) as running:
+                loading = self._clock() - began
+                self.found.notes |= dict.fromkeys(running.notes)
+                for load in missing:
+                    prompts = self._prompts.block(use, block, self._engine.prompts(load))
+                    began = self._clock()
+                    trial = running.answer(prompts, load)
+                    ended = self._clock()
+                    unit = {"load": load, "setting": asdict(setting), "block": block}
+                    unit |= {"trial": asdict(trial), "took": ended - began, "loading": loading}
+                    self._keep(use, unit)
+        except ModelError as error:
+            if any(self.found.base[load] == setting for load in missing):
+                raise
+            for load in missing:
+                if block not in trials.of(load, setting):
+                    unit = {"load": load, "setting": asdict(setting), "error": str(error)}
+                    self._keep(use, unit)
+        else:
+            self._loading += self._clock() - ended
+
+    def _keep(self, use: str, unit: Mapping[str, Any]) -> None:
+        self._progress.add(use, unit)
+        self._read(use, unit)
+
+    def _read(self, use: str, unit: Mapping[str, Any]) -> None:
+        at = unit["load"], setting_of(unit["setting"])
+        if "error" in unit:
+            self.found.errors[at] = unit["error"]
+        else:
+            self._trials(use).setdefault(at, {})[unit["block"]] = Trial(**unit["trial"])
+            self._took[at], self._loading = unit["took"], unit["loading"]
+
+    def _trials(self, use: str) -> Trials:
+        return self.found.trials if use == RACES else self.found.judged
+
+    def _time_for(
+        self, jobs: Sequence[tuple[Setting, Sequence[int]]], use: str, block: int, until: float
+    ) -> bool:
+        """Return whether these can be measured until then. What is kept takes no time."""
+        trials = self._trials(use)
+        seconds = 0.0
+        new = [
+            (setting, missing)
+            for setting, loads in jobs
+            if (missing := [load for load in loads if block not in trials.of(load, setting)])
+        ]
+        for setting, missing in new:
+            seconds += self._loading + sum(self._expected(load, setting) for load in missing)
+        return not new or self._clock() + seconds < until
+
+    def _expected(self, load: int, setting: Setting) -> float:
+        """Return the seconds that a block takes: of this setting, else of the others, else of
+        lighter loads."""
+        own = self._took.get((load, setting))
+        alike = [seconds for (at, _), seconds in self._took.items() if at == load]
+        known = [own] if own is not None else alike or list(self._took.values())
+        return sum(known) / len(known) if known else 0.0
+
+    def _part(self, stop: float, share: float) -> float:
+        """Return the end of a share of the time that is left."""
+        now = self._clock()
+        return now + max(0.0, stop - now) * share if share < 1.0 else stop
+
+    def _say(self, loads: Mapping[int, object], line: str) -> None:
+        self._tell(f"{_requests(loads)}, {line}", 0.0)
 
 
-def _part(stop: float, share: float) -> float:
-    """Return the end of a share of the time that is left."""
-    now = time.monotonic()
-    return now + max(0.0, stop - now) * share
-
-
-def _setting_of(kept: Mapping[str, Any]) -> Setting:
+def setting_of(kept: Mapping[str, Any]) -> Setting:
+    """Return the setting of its JSON."""
     return Setting(kept["mode"], tuple(kept["base"]), tuple(kept["drafts"]))
+
+
+def _by_setting(chosen: Mapping[int, Setting]) -> list[tuple[Setting, list[int]]]:
+    return [
+        (setting, [load for load, each in chosen.items() if each == setting])
+        for setting in dict.fromkeys(chosen.values())
+    ]
 
 
 def _requests(loads: Mapping[int, object]) -> str:

@@ -28,14 +28,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A block of prompts that was answered. tokens: of all answers; seconds: of the block, prompts
-    included; drafted, accepted: tokens of drafts; context: mean tokens of a request while it is
-    answered, its prompt and half of its answer."""
+    """A block of prompts that one process answered. seconds: while all its slots were busy,
+    prompts included; tokens: of answers in these seconds; drafted, accepted: tokens of drafts;
+    context: mean tokens of a request while it is answered, its prompt and half of its answer."""
 
-    tokens: int
+    tokens: float
     seconds: float
-    drafted: int = 0
-    accepted: int = 0
+    drafted: float = 0
+    accepted: float = 0
     context: float = 0.0
 
     @property
@@ -44,16 +44,6 @@ class Trial:
         return self.tokens / self.seconds
 
     @property
-    def rounds(self) -> int:
+    def rounds(self) -> float:
         """Forwards, summed over the requests: each gives a token beside the accepted ones."""
         return max(1, self.tokens - self.accepted)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Blocks that a setting is measured for. first: in the first turn of a race; most: in a race;
-    last: for the best setting beside plain decoding, until the answer is clear."""
-
-    first: int = 1
-    most: int = 4
-    last: int = 8

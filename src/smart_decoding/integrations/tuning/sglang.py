@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,21 +14,30 @@ from smart_decoding.bench.provenance import version_of, write_json
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.integrations.sglang.costs import COSTS, TierCosts
+from smart_decoding.integrations.tuning import busy
 from smart_decoding.integrations.tuning.found import LOST
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
-from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
+from smart_decoding.integrations.tuning.settings import Setting, Trial
 
 if TYPE_CHECKING:
-    from smart_decoding.integrations.tuning.found import Found, Verdict
+    from smart_decoding.integrations.tuning.found import Found, LoadResult
 
-LOADING, ANSWERING = 1800.0, 600.0  # seconds; of a load, CUDA graphs included, and of a block
+LOADING, ANSWERING = 1800.0, 600.0  # seconds; of a load, CUDA graphs included, and of a prompt
+AT_LEAST, WAVES = 4, 3  # prompts of a block: in all, and for each slot; loading takes longest
+# What SGLang's adaptive mode runs with (its adaptive_unsupported_reason); it ignores it elsewhere.
+ADAPTIVE = ("EAGLE", "EAGLE3")
+NOT_ADAPTIVE = (
+    "--enable-dp-attention",
+    "--enable-multi-layer-eagle",
+    "--enable-two-batch-overlap",
+    "--enable-pdmux",
+)
 
 
 class Sglang:
     """SGLang's server with one model, started for each number of steps; see `Tunable`."""
 
     name = "SGLang"
-    shares: tuple[int, ...] = (1, 0)
 
     def __init__(
         self,
@@ -36,7 +45,6 @@ class Sglang:
         drafter: Sequence[str],
         tiers: Mapping[int, int],
         tokens: int,
-        blocks: int,
         more: Sequence[str] = (),
     ) -> None:
         """drafter: its options of drafting but for sizes; tiers: steps -> nodes without the root;
@@ -48,7 +56,6 @@ class Sglang:
             )
         self._model, self._drafter, self._more = model, tuple(drafter), tuple(more)
         self._tiers, self._tokens = dict(sorted(tiers.items())), tokens
-        self.patience = Patience(blocks, blocks, 0)  # one server at a time: loading takes longest
         self.warnings: list[str] = []
 
     def groups(self, loads: Sequence[int]) -> list[tuple[int, ...]]:
@@ -57,15 +64,11 @@ class Sglang:
 
     def prompts(self, load: int) -> int:
         """Return how many prompts a block has."""
-        return load
+        return max(AT_LEAST, WAVES * load)
 
-    def room(self, loads: Sequence[int]) -> int:
-        """Return how many servers may run at once."""
-        return 1
-
-    def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
-        """Yield plain decoding and each number of steps."""
-        yield [Setting(), *(self.tier(steps) for steps in self._tiers)]
+    def stages(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+        """Yield each number of steps."""
+        yield [self.tier(steps) for steps in self._tiers]
 
     def tier(self, steps: int) -> Setting:
         """Return the setting of a number of steps."""
@@ -90,16 +93,26 @@ class Sglang:
         options = {"drafter": self._drafter, "always": self._more, "tiers": self._tiers}
         return {"version": version_of("sglang"), "model": self._model, **options}
 
-    def write(self, found: Found, choices: Sequence[Verdict], output: Path) -> list[str]:
+    def write(self, found: Found, choices: Sequence[LoadResult], output: Path) -> list[str]:
         """Write costs for SMART inside SGLang, and SGLang's own file of tiers, unless nothing
-        pays."""
+        pays; where SGLang's adaptive mode cannot run, only say how to start the best tiers."""
         if not any(choice.pays for choice in choices):
-            return ["Start SGLang without --speculative-algorithm."]
+            undecided = any(choice.open for choice in choices)
+            return [
+                "Nothing is written: nothing is known to be faster than plain decoding."
+                if undecided
+                else "Start SGLang without --speculative-algorithm."
+            ]
+        if not self._adaptive:
+            return [
+                "SGLang's adaptive mode does not run with these options: one size for a server.",
+                *(f"{each.load} at once: {self._start(each.chosen)}" for each in choices),
+            ]
         table = {
             choice.load: {
                 steps: seconds_of(found, choice.load, setting)
                 for steps, setting in ((0, Setting()), *((k, self.tier(k)) for k in self._tiers))
-                if found.of(choice.load, setting)
+                if found.all_of(choice.load, setting)
             }
             for choice in choices
         }
@@ -116,25 +129,35 @@ class Sglang:
         }
         steps = output.with_suffix(".steps.json")
         write_json(steps, tiers)
-        most = max(self._tiers)
-        words = (*self._more, *self.tier(most).words)
-        start = f"python -m sglang.launch_server --model-path {self._model} {' '.join(words)}"
         adaptive = f"--speculative-adaptive --speculative-adaptive-config {steps}"
+        start = self._start(self.tier(max(self._tiers)))
         return [f"Written: {output} and {steps}", f"{COSTS}={output} {start} {adaptive}"]
 
+    @property
+    def _adaptive(self) -> bool:
+        words = (*self._drafter, *self._more)
+        named = {algorithm for algorithm in ADAPTIVE if algorithm in words}
+        return bool(named) and not set(words) & set(NOT_ADAPTIVE)
+
+    def _start(self, setting: Setting) -> str:
+        words = shlex.join((*self._more, *setting.words))
+        return f"python -m sglang.launch_server --model-path {self._model} {words}".rstrip()
+
     def _worth(self, found: Found, load: int, setting: Setting) -> bool:
-        return found.value(load, setting, Setting()) >= LOST
+        return found.trials.value(load, setting, Setting()) >= LOST
 
 
 class SglangServer:
     """A running server of SGLang's. nodes: of a round's draft."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, server: ServerProcess, tokens: int, nodes: int) -> None:
         self._server, self._tokens, self._nodes = server, tokens, nodes
 
     def __enter__(self) -> SglangServer:
         try:
-            self._generated(["Hello"], 8)  # the first answer is slow
+            self._generated("Hello", 8)  # the first answer is slow
         except BaseException:
             self._server.close()
             raise
@@ -144,32 +167,29 @@ class SglangServer:
         self._server.close()
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:
-        """Answer a block greedily, all at once. Raises ModelError."""
-        started = time.perf_counter()
-        found = self._generated(prompts, self._tokens)
-        seconds = time.perf_counter() - started
+        """Answer a block greedily, `load` at once. Raises ModelError."""
+        return busy.trial(prompts, load, lambda prompt: self._generated(prompt, self._tokens))
+
+    def _generated(self, prompt: str, tokens: int) -> busy.Answered:
+        sampling = {"temperature": 0, "max_new_tokens": tokens}
+        body = {"text": prompt, "sampling_params": sampling}
+        found = self._server.ask("/generate", body, ANSWERING)
         try:
-            metas = [each["meta_info"] for each in found]
-            tokens = sum(int(meta["completion_tokens"]) for meta in metas)
-            context = sum(meta["prompt_tokens"] for meta in metas) + tokens / 2
-            checks = sum(int(meta.get("spec_verify_ct") or 0) for meta in metas)
+            meta = found["meta_info"]
+            prompt_tokens, count = int(meta["prompt_tokens"]), int(meta["completion_tokens"])
+            checks = int(meta.get("spec_verify_ct") or 0)
+            seconds = meta.get("e2e_latency")
         except (KeyError, TypeError) as error:
             raise ModelError(f"SGLang answered without {error}") from error
         if not self._nodes or not checks:
-            return Trial(tokens, seconds, context=context / len(metas))
-        drafted = checks * self._nodes
-        return Trial(tokens, seconds, drafted, max(0, tokens - checks), context / len(metas))
-
-    def _generated(self, prompts: Sequence[str], tokens: int) -> Sequence[Mapping[str, Any]]:
-        sampling = {"temperature": 0, "max_new_tokens": tokens}
-        body = {"text": list(prompts), "sampling_params": sampling}
-        found = self._server.ask("/generate", body, ANSWERING)
-        return found if isinstance(found, list) else [found]
+            return busy.Answered(prompt_tokens, count, decoding=seconds)
+        drafted, accepted = checks * self._nodes, max(0, count - checks)
+        return busy.Answered(prompt_tokens, count, drafted, accepted, seconds)
 
 
 def seconds_of(found: Found, load: int, setting: Setting) -> float:
     """Return the seconds of a round of the whole batch, prompts included."""
-    trials = found.of(load, setting).values()
+    trials = found.all_of(load, setting)
     rounds = sum(trial.rounds for trial in trials) / load
     return sum(trial.seconds for trial in trials) / rounds
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.bench.provenance import version_of, write_json
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.tuning.report import interval
-from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
+from smart_decoding.integrations.tuning.settings import Setting, Trial
 from smart_decoding.integrations.vllm import schedule
 from smart_decoding.integrations.vllm.measure import Measured, resolved
 from smart_decoding.integrations.vllm.schedule import SCHEDULE, LengthChoice, Line
 
 if TYPE_CHECKING:
-    from smart_decoding.integrations.tuning.found import Found, Verdict
+    from smart_decoding.integrations.tuning.found import Found, LoadResult
 
+AT_LEAST, WAVES = 4, 3  # prompts of a block: in all, and for each request; loading takes longest
 # Options that are measured here.
 CHOSEN = ("num_speculative_tokens", SCHEDULE)
 # Drafters that crash vLLM if another length than the longest is scheduled.
@@ -31,7 +32,6 @@ class Vllm:
     batch sizes."""
 
     name = "vLLM"
-    shares: tuple[int, ...] = (1, 0)
 
     def __init__(
         self,
@@ -39,13 +39,11 @@ class Vllm:
         speculative: Mapping[str, Any],
         lengths: Sequence[int],
         tokens: int,
-        blocks: int,
-        together: bool = False,
         context: int | None = None,
     ) -> None:
-        """arguments: of vllm.LLM; speculative: its speculative config without lengths; together:
-        load all engines at once; context: of requests, as measured if None. Raises ConfigError for
-        what cannot be measured, before anything is loaded."""
+        """arguments: of vllm.LLM; speculative: its speculative config without lengths; context: of
+        requests, as measured if None. Raises ConfigError for what cannot be measured, before
+        anything is loaded."""
         chosen = sorted(set(CHOSEN) & set(speculative))
         if chosen:
             raise ConfigError(
@@ -62,12 +60,10 @@ class Vllm:
                 "(docs/vllm.md)"
             )
         self._arguments, self._speculative = dict(arguments), dict(speculative)
-        self._tokens, self._together, self._context = tokens, together, context
+        self._tokens, self._context = tokens, context
         self._configs: list[dict[str, Any]] = [
             {**speculative, "num_speculative_tokens": length} for length in sorted(set(lengths))
         ]
-        # Loading takes longer than blocks: one that is loaded for itself answers all of them.
-        self.patience = Patience(1, blocks, blocks) if together else Patience(blocks, blocks, 0)
         lines = [Line(1, 1, max(lengths), ""), Line(2, 2, 0, "")]
         config = schedule.speculative_config(speculative, lines)
         self._resolved = resolved({**arguments, "speculative_config": config})
@@ -86,16 +82,12 @@ class Vllm:
         return [tuple(loads)]
 
     def prompts(self, load: int) -> int:
-        """Return how many prompts a block has: a batch."""
-        return load
+        """Return how many prompts a block has."""
+        return max(AT_LEAST, WAVES * load)
 
-    def room(self, loads: Sequence[int]) -> int:
-        """Return how many engines may run at once."""
-        return len(self._configs) + 1 if self._together else 1
-
-    def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
-        """Yield plain vLLM and each length."""
-        yield [Setting(), *map(drafting, self._configs)]
+    def stages(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+        """Yield each length."""
+        yield list(map(drafting, self._configs))
 
     def launch(self, setting: Setting, loads: Sequence[int]) -> VllmProcess:
         """Start an engine. Raises ModelError if it does not start."""
@@ -111,7 +103,7 @@ class Vllm:
             "adaptive_verification": self.adaptive,
         }
 
-    def write(self, found: Found, choices: Sequence[Verdict], output: Path) -> list[str]:
+    def write(self, found: Found, choices: Sequence[LoadResult], output: Path) -> list[str]:
         """Write vLLM's speculative config with its schedule, unless nothing pays."""
         plain = [choice.context for choice in choices]
         context = self._context or round(sum(plain) / len(plain))
@@ -123,12 +115,14 @@ class Vllm:
         ]
         config = schedule.speculative_config(self._speculative, lines)
         if config is None:
-            return [
-                *said,
-                self.adaptive,
-                "Speculation did not pay at any batch size: start vLLM without "
-                "--speculative-config.",
-            ]
+            undecided = any(choice.open for choice in choices)
+            end = (
+                "Nothing is written: nothing is known to be faster than plain vLLM."
+                if undecided
+                else "Speculation did not pay at any batch size: start vLLM without "
+                "--speculative-config."
+            )
+            return [*said, self.adaptive, end]
         write_json(output, config)
         start = f'Start vLLM with --speculative-config "$(cat {output})"'
         return [*said, self.adaptive, f"Written: {output}. {start}"]
@@ -137,25 +131,27 @@ class Vllm:
 class VllmProcess:
     """One engine, which compiles in its first run."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, arguments: Mapping[str, Any], tokens: int) -> None:
         self._engine, self._tokens = Measured(arguments), tokens
 
     def __enter__(self) -> VllmProcess:
         try:
             self._engine.ready()
-            self._engine.run(["Hello"], 8)
-        except BaseException:
-            self._engine.__exit__()
+            self._engine.run(["Hello"], 8, 1)
+        except BaseException as error:
+            self._engine.__exit__(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._engine.__exit__()
+    def __exit__(self, *error: object) -> None:
+        self._engine.__exit__(*error)
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:
-        """Answer a batch. Raises ModelError if the process ends."""
-        said = self._engine.run(prompts, self._tokens)
-        context = (said["prompt_tokens"] + said["tokens"] / 2) / len(prompts)
+        """Answer prompts, `load` at once. Raises ModelError if the process ends."""
+        said = self._engine.run(prompts, self._tokens, load)
+        context = said["prompt_tokens"] + said["answer_tokens"] / 2
         return Trial(said["tokens"], said["seconds"], said["drafted"], said["accepted"], context)
 
 
@@ -166,11 +162,12 @@ def drafting(config: Mapping[str, Any]) -> Setting:
     return Setting(mode, drafts=("--speculative-config", json.dumps(config)))
 
 
-def _length_choice(choice: Verdict) -> LengthChoice:
+def _length_choice(choice: LoadResult) -> LengthChoice:
     reason = f"batch {choice.load}: plain {choice.rates[0]:.1f} tok/s"
-    if choice.best is None:
+    if choice.best is None or not choice.ratio.pairs:
         return LengthChoice(choice.load, 0, reason)
     length = int(json.loads(choice.best.drafts[1])["num_speculative_tokens"])
     share = f"{100 * choice.accepted:.0f} % accepted"
     reason += f", {length} tokens {interval(choice.ratio)} × ({share})"
+    reason += ", no verdict" if choice.open else ""
     return LengthChoice(choice.load, length if choice.pays else 0, reason)

@@ -2,10 +2,11 @@
 
     python -m smart_decoding.integrations.vllm.measure '{"model": ..., "speculative_config": ...}'
 
-reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds",
-"tokens", "prompt_tokens", "drafted", "accepted"}; before the first it prints {"ready": vLLM's
-version}. `Measured` is the other end. With --resolve before the arguments it prints vLLM's settings
-and loads nothing; `resolved` is the other end.
+reads lines of JSON, {"prompts": [...], "max_tokens": n, "load": n}, and answers each with
+{"seconds", "tokens", "drafted", "accepted"}, while so many requests are under way, and the means
+{"prompt_tokens", "answer_tokens"}. Before the first it prints {"ready": vLLM's version}. `Measured`
+is the other end. With --resolve before the arguments it prints vLLM's settings and loads nothing;
+`resolved` is the other end.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.vllm.schedule import SCHEDULE
 from smart_decoding.integrations.vllm.seams import reads
+from smart_decoding.kernels import children
 
 # The method by which a draft model proposes in Model Runner V2.
 DRAFT_MODEL = (
     "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.propose"
 )
 WITH_CONFIDENCES = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
+ENDING = 30.0  # seconds that an engine has to end by itself
 COUNTERS = {
     "vllm:spec_decode_num_draft_tokens": "drafted",
     "vllm:spec_decode_num_accepted_tokens": "accepted",
@@ -47,6 +50,7 @@ class Measured:
             text=True,
             env=environment(),
             start_new_session=True,  # Ctrl-C is for us, who end it
+            preexec_fn=children.end_with_parent,
         )
 
     def ready(self) -> str:
@@ -55,11 +59,11 @@ class Measured:
         Raises ModelError if it did not start."""
         return str(self._answer()["ready"])
 
-    def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
-        """Generate for all prompts at once, `max_tokens` each.
+    def run(self, prompts: Sequence[str], max_tokens: int, load: int) -> dict[str, Any]:
+        """Answer all prompts, `load` at once, up to `max_tokens` tokens each.
 
         Raises ModelError if the process has ended."""
-        job = {"prompts": list(prompts), "max_tokens": max_tokens}
+        job = {"prompts": list(prompts), "max_tokens": max_tokens, "load": load}
         with suppress(BrokenPipeError):  # reported by `_answer`
             print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._answer()
@@ -82,20 +86,22 @@ class Measured:
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()  # the other end stops then
-        try:
-            self._process.wait(30)
+        try:  # one that is broken off is in the middle of its work
+            self._process.wait(0 if any(error) else ENDING)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            pass
+        finally:
+            with suppress(OSError):  # what it started and left, too
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        with suppress(OSError):  # what it started and left
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.stdout.close()
+            children.wait_for_group(self._process.pid, ENDING)
+            self._process.stdout.close()
 
 
 def environment() -> dict[str, str]:
-    """Return ours; vLLM logs warnings and errors only, unless the user says otherwise: an engine
-    would print a hundred lines for each of ours."""
-    return {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+    """Return the user's; vLLM logs warnings and errors only, unless the user says otherwise: an
+    engine would print a hundred lines for each of ours."""
+    return {"VLLM_LOGGING_LEVEL": "WARNING", **children.environment()}
 
 
 def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,7 @@ def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Run the process. Its answers go to the real stdout, all other output to stderr."""
+    children.become_another_program()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine_args = json.loads(arguments[-1])
@@ -168,27 +175,67 @@ def _serve(arguments: dict[str, Any], answers: Any) -> None:
     import vllm
 
     llm = vllm.LLM(**{"disable_log_stats": False, **arguments})
-    template = llm.get_tokenizer().chat_template
+    tokenizer = llm.get_tokenizer()
 
-    def ask(prompts: list[str], *arguments: Any, **options: Any) -> Any:
-        if not template:
-            return llm.generate(prompts, *arguments, **options)
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return llm.chat(chats, *arguments, **options)
+    def encoded(prompt: str) -> list[int]:
+        if not tokenizer.chat_template:
+            return list(tokenizer.encode(prompt))
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         job = json.loads(line)
-        params = vllm.SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+        params = vllm.SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
+        prompts = {f"{number}-{at}": encoded(text) for at, text in enumerate(job["prompts"])}
         before = _counts(llm)
-        start = time.perf_counter()
-        outputs = ask(job["prompts"], params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-        counts = {name: count - before[name] for name, count in _counts(llm).items()}
-        answer = {"seconds": seconds, "tokens": tokens, "prompt_tokens": prompt_tokens, **counts}
+        answer = answered(llm.llm_engine, prompts, params, job["load"])
+        answer |= {name: count - before[name] for name, count in _counts(llm).items()}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def answered(
+    engine: Any,
+    prompts: Mapping[str, list[int]],
+    params: Any,
+    load: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Answer prompts by name, `load` at once: as one ends, the next one begins. When none is left
+    to begin, the clock stops, and what is under way is dropped: it would run with fewer others."""
+    waiting, counts = list(prompts.items())[::-1], dict.fromkeys(prompts, 0)
+    running: set[str] = set()
+
+    def begin() -> bool:
+        if not waiting:
+            return False
+        name, prompt = waiting.pop()
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        running.add(name)
+        return True
+
+    start = clock()
+    for _ in range(load):
+        begin()
+    busy = True
+    while busy:
+        for output in engine.step():
+            counts[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished:
+                running.discard(output.request_id)
+                busy = begin() and busy
+    seconds = clock() - start
+    engine.abort_request(sorted(running))
+    while engine.has_unfinished_requests():
+        engine.step()
+    lengths = [count for count in counts.values() if count]
+    return {
+        "seconds": seconds,
+        "tokens": sum(lengths),
+        "prompt_tokens": sum(map(len, prompts.values())) / len(prompts),
+        "answer_tokens": sum(lengths) / len(lengths),
+    }
 
 
 def _counts(llm: Any) -> dict[str, int]:
