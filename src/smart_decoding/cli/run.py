@@ -118,7 +118,8 @@ def main(args: argparse.Namespace) -> None:
         if args.stats:
             drawn = "seed" not in sampling and not params.greedy
             seed = f", seed {params.seed}" if drawn else ""
-            print(f"{stats_line(answers)}{seed}; {llm.precision}", file=sys.stderr)
+            believed = beliefs_line(llm.engine.policy.stats())
+            print(f"{stats_line(answers)}{seed}; {llm.precision}{believed}", file=sys.stderr)
         keep_for_later(llm)
 
 
@@ -255,6 +256,19 @@ def chat_prompt(
     parts = [{"type": "image", "image": image} for image in images]
     content = [*parts, {"type": "text", "text": text}] if parts else text
     return llm.chat_prompt([*system, {"role": "user", "content": content}])
+
+
+def beliefs_line(stats: Mapping[str, float]) -> str:
+    """Return what the policy believed of its rounds over what they were, by kind; nothing of
+    policies that predict nothing."""
+    end = "_predicted_seconds"
+    parts = [
+        f"{key.removesuffix(end)} {ratio:.2f}" for key, ratio in stats.items() if key.endswith(end)
+    ]
+    if not parts:
+        return ""
+    speedup = f"{stats['estimated_speedup']:.2f} times plain decoding, as estimated"
+    return f"; {speedup}; predicted over real seconds of rounds: {', '.join(parts)}"
 
 
 def stats_line(answers: Sequence[CompletionOutput]) -> str:
