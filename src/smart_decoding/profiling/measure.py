@@ -39,6 +39,10 @@ LONG_WAITING = 384
 RANDOM_TOKENS = 1024
 SECONDS = 6.0  # of measuring, by default
 BUSY = 0.5  # share of timings interrupted by other processes above which a machine is busy
+# A point is settled as soon as two of its timings agree so far, or after so many: of slow forwards
+# a single timing was wrong by up to half.
+AGREE = 1.1
+MOST_TIMINGS = 4
 PROBED = (1, 8)  # rows of a lone request that are timed where no costs are known
 
 
@@ -89,12 +93,12 @@ class Point:
 
 
 class ForwardTimer:
-    """Times all points in turn, one a step, until `seconds` are used up; every point is timed at
-    least once.
+    """Times all points in turn, one a step, until `seconds` are used up and every point is settled.
 
     pages: of the KV memory. pool: their pool, if requests may run between the steps: a step takes
     the pages that it overwrites. Points that do not fit into memory are skipped. coarse: fewer
-    points, for forwards so slow that all points would take far more than `seconds`.
+    points, each timed once, for forwards so slow that all points would take far more than
+    `seconds`.
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed
     before every other point, and the ratio to it counts: neighbours then shift no point against
@@ -118,8 +122,10 @@ class ForwardTimer:
             points = _points(target, drafter, pages, max_num_seqs, coarse)
         self._reference = points[0] if points else None
         self._queue = deque(points)
-        self._untimed = set(points)
-        self._again = 0  # points timed again while some have not been timed
+        # Ratios to the reference of the points that are not settled.
+        self._unsettled: dict[Point, list[float]] = {point: [] for point in points}
+        self._least = 1 if coarse else 2
+        self._again = 0  # settled points timed again while others are not settled
         # Run once before any is timed; a GPU loads kernels at first use.
         self._cold = set(points if target.device.type == "cuda" else points[:1])
         # By kind of stage: the drafter's keys lie elsewhere. A coarse grid counts all pages as
@@ -141,18 +147,17 @@ class ForwardTimer:
     @property
     def share(self) -> float:
         """The share of the measurement that is done, in [0, 1]."""
-        each_once = 1.0 - len(self._untimed) / max(1, len(self._queue))
-        return min(each_once, self._passed / self._seconds if self._seconds else 1.0)
+        settled = 1.0 - len(self._unsettled) / max(1, len(self._queue))
+        return min(settled, self._passed / self._seconds if self._seconds else 1.0)
 
     def step(self) -> bool:
         """Time the next point; return false if none is left."""
         if self._reference is None or self._done:
             return False
-        for _ in range(len(self._queue)):
-            if self._fits(self._queue[0], self._reference):
-                self._run(self._queue[0], self._reference)
-                break
-            self._queue.rotate(-1)
+        fitting = [point for point in self._queue if self._fits(point, self._reference)]
+        point = next((p for p in fitting if p in self._unsettled), next(iter(fitting), None))
+        if point is not None:
+            self._run(point, self._reference)
         return not self._done
 
     def _fits(self, point: Point, reference: Point) -> bool:
@@ -178,17 +183,29 @@ class ForwardTimer:
                 self._cold.discard(point)
                 return
             before = preemptions()
-            self._timed.append((point, self._time(reference), self._time(point)))
+            usual, seconds = self._time(reference), self._time(point)
+            self._timed.append((point, usual, seconds))
             self._interrupted += preemptions() > before
         finally:
             stage.end()
             self._pool.put_back(pages)
             for state in states:
                 self._pool.give_state(state)
-        self._again += bool(self._untimed) and point not in self._untimed
-        self._untimed.discard(point)
-        self._queue.rotate(-1)
+        self._again += bool(self._unsettled) and point not in self._unsettled
+        self._settle(point, seconds / usual)
+        self._queue.remove(point)
+        self._queue.append(point)
         self._passed += self._clock() - started
+
+    def _settle(self, point: Point, ratio: float) -> None:
+        ratios = self._unsettled.get(point)
+        if ratios is None:
+            return
+        ratios.append(ratio)
+        pairs = itertools.pairwise(sorted(ratios))
+        agree = self._least == 1 or any(high <= AGREE * low for low, high in pairs)
+        if agree or len(ratios) == MOST_TIMINGS:
+            del self._unsettled[point]
 
     def samples(self) -> list[Sample]:
         """Return the samples at the reference's median speed; none where no verification fits into
