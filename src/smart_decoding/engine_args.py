@@ -78,7 +78,8 @@ class EngineArgs:
         many bits when they are loaded.
     activations: the factors of quants on the CPU kernels in bfloat16. int8: rounded to 8 bits in
         groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: not rounded, in bfloat16.
-        auto: int8 wherever that is faster. Answers are the same under every policy.
+        auto: what is measured to be faster at a model's first start (profiling/ways.py). Answers
+        are the same under every policy.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096; 1,024 for each of max_num_seqs, up
         to 16,384, if that is more; what the model or kv_cache_tokens allows if that is less).

@@ -34,13 +34,14 @@ from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.loading import (
     Checkpoint,
     load_checkpoint,
+    require_quants,
     with_rounded_activations,
 )
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.cpu.kernel_check import (
+    check_activations,
     require_kernels,
     require_served,
-    rounds_activations,
     why_slow,
 )
 from smart_decoding.models.families.mtp import mtp_shape
@@ -54,12 +55,15 @@ from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
 from smart_decoding.multimodal.text_prompts import TextPrompts, as_list, parts_of, template_options
 from smart_decoding.profiling.measure import finish
+from smart_decoding.profiling.ways import ChosenWay, choose
 from smart_decoding.progress import on_terminal
 from smart_decoding.speculation import (
     Speculation,
     SpeculativeConfig,
     build_speculation,
     check_speculation,
+    own_head,
+    stored_prior,
 )
 
 if TYPE_CHECKING:
@@ -90,10 +94,9 @@ class LLM:
         slow = args.allow_slow
         require_kernels(device, slow)
         checkpoint = _load(args, device)
-        self.provenance = dict(checkpoint.provenance)
         self.tokenizer = _tokenizer(args, checkpoint)
         config = checkpoint.config.with_end_token(self.tokenizer.eos_token_id)  # as vLLM does
-        checkpoint = self._checkpoint = replace(checkpoint, config=config)
+        checkpoint = replace(checkpoint, config=config)
         # of generation_config.json, or of a GGUF file
         self.default_sampling_params = args.sampling_defaults(
             checkpoint.tokenizer_source, checkpoint.sampling
@@ -104,6 +107,11 @@ class LLM:
         self.tokenizer.context = longest
         draft_config = _draft_config(args, checkpoint, self.tokenizer, longest)
         draft_config, pages = _require_memory(args, checkpoint, draft_config, longest)
+        self.choice = in_own_thread(lambda: _choice(args, checkpoint, device))
+        if self.choice is not None and self.choice.way.activations == "int8":
+            checkpoint = with_rounded_activations(checkpoint)
+        self._checkpoint = checkpoint
+        self.provenance = dict(checkpoint.provenance)
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
@@ -414,7 +422,7 @@ def in_own_thread(work: Callable[[], T]) -> T:
 def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
     quantization = quantization_of(args, device)
     holds = quantization != "off" and _holds_quants(args, device)
-    rounds = rounds_activations(args.activations, holds)
+    check_activations(args.activations, holds)
     checkpoint = load_checkpoint(
         args.model,
         lambda config: require_served(config, device, args.allow_slow),
@@ -422,10 +430,19 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
         args.trust_pickle,
     )
     if why_slow(checkpoint.config, device) is not None:  # plain torch expands quants
-        rounds = rounds_activations(args.activations, holds_quants=False)
-    if not rounds:
-        return checkpoint
-    return with_rounded_activations(checkpoint, required=args.activations == "int8")
+        check_activations(args.activations, holds_quants=False)
+    if args.activations == "int8":
+        require_quants(checkpoint)
+    return checkpoint
+
+
+def _choice(args: EngineArgs, checkpoint: Checkpoint, device: torch.device) -> ChosenWay | None:
+    """Return how quants are multiplied; None where there are none on the CPU kernels."""
+    on_kernels = _holds_quants(args, device) and why_slow(checkpoint.config, device) is None
+    if not (on_kernels and checkpoint.has_quants):
+        return None
+    prior = stored_prior(own_head(checkpoint))
+    return choose(checkpoint, args.activations, args.max_num_seqs, prior)
 
 
 def _holds_quants(args: EngineArgs, device: torch.device) -> bool:

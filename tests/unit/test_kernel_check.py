@@ -1,41 +1,19 @@
-"""When activations are rounded to 8 bits."""
+"""Where activations cannot be rounded to 8 bits."""
 
 import pytest
 
 from smart_decoding import LLM
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.cpu import kernel_check
-from smart_decoding.models.cpu.kernel_check import rounds_activations
-
-
-@pytest.mark.parametrize(
-    ("activations", "holds_quants", "prefers", "rounds"),
-    [
-        ("auto", True, True, True),
-        ("auto", True, False, False),  # AMX
-        ("auto", False, True, False),
-        ("exact", True, True, False),
-        ("int8", True, False, True),
-    ],
-)
-def test_what_auto_means(
-    activations: str,
-    holds_quants: bool,
-    prefers: bool,
-    rounds: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kernel_check, "prefers_bytes", lambda: prefers)
-    monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: True)
-    assert rounds_activations(activations, holds_quants) == rounds
+from smart_decoding.models.cpu.kernel_check import check_activations
 
 
 def test_int8_is_an_error_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: False)
     with pytest.raises(ConfigError, match="needs a CPU with AVX2 or Arm's i8mm"):
-        rounds_activations("int8", holds_quants=True)
+        check_activations("int8", holds_quants=True)
     with pytest.raises(ConfigError, match="needs quantised weights"):
-        rounds_activations("int8", holds_quants=False)
+        check_activations("int8", holds_quants=False)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])

@@ -32,7 +32,11 @@ from smart_decoding.models.checkpoints import loading
 from smart_decoding.models.checkpoints.gguf import TENSORS
 from smart_decoding.models.checkpoints.hub import RECORD
 from smart_decoding.models.checkpoints.hub_repository import is_complete
-from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
+from smart_decoding.models.checkpoints.loading import (
+    load_checkpoint,
+    require_quants,
+    with_rounded_activations,
+)
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
 from smart_decoding.models.cpu.kernel_check import require_served
 from smart_decoding.models.families import rope
@@ -1336,14 +1340,13 @@ def test_rounded_activations_need_quants(tmp_path: Path) -> None:
     """Else the option would do nothing."""
     write_gguf(tmp_path / "plain.gguf", "llama")
     write_gguf(tmp_path / "quants.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
-    assert with_rounded_activations(
-        load_checkpoint(tmp_path / "quants.gguf", quantization=None)
-    ).in_bytes
+    quants = load_checkpoint(tmp_path / "quants.gguf", quantization=None)
+    require_quants(quants)
+    assert with_rounded_activations(quants).in_bytes
     for quantization in (None, "off"):
         plain = load_checkpoint(tmp_path / "plain.gguf", quantization=quantization)
-        assert with_rounded_activations(plain) is plain
         with pytest.raises(ConfigError, match="activations='int8' needs quantised weights"):
-            with_rounded_activations(plain, required=True)
+            require_quants(plain)
 
 
 def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(

@@ -136,7 +136,7 @@ def test_those_of_older_kernels_and_of_an_older_file_are_not_used(
 ) -> None:
     load(file).decoder.keep_panels()
     old = kept(own_cache)
-    monkeypatch.setattr(library, "identity", lambda: "another build")
+    monkeypatch.setattr(library, "identity", lambda name: "another build")
     packed.clear()
     later = load(file)
     assert max(packed) > 2

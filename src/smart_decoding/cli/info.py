@@ -47,6 +47,7 @@ def gather() -> dict[str, Any]:
     return {
         "kernels": kernels(),
         "machine": {**machine(), "cpus": os.cpu_count()},
+        "auto": choices(),
         "cache": cache(),
         "versions": versions(),
         "optional": {name: version_of(name) for name in OPTIONAL},
@@ -69,20 +70,8 @@ def kernels() -> dict[str, Any]:
     return {
         "chosen": chosen,
         "why": why,
-        "activations": _activations(),
         "variants": {variant.name: _refusal(variant) for variant in mine},
     }
-
-
-def _activations() -> str | None:
-    """Return the meaning of EngineArgs' activations="auto" for quantised weights; None without
-    kernels."""
-    from smart_decoding.models.cpu.kernel_check import rounds_activations
-
-    try:
-        return "int8" if rounds_activations("auto", holds_quants=True) else "exact"
-    except ConfigError:
-        return None
 
 
 def _refusal(variant: Any) -> str | None:
@@ -100,6 +89,13 @@ def _refusal(variant: Any) -> str | None:
     return None
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """Return what activations="auto" chose and why, by model and number of requests."""
+    from smart_decoding.profiling.cache import told
+
+    return told()
+
+
 def cache() -> dict[str, Any]:
     """Return the folders of our cache and the hub's, and our bytes. `smart models` lists their
     contents."""
@@ -115,8 +111,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"CPU kernels: {of_kernels['chosen'] or 'none'} ({of_kernels['why']})"
     for name, reason in of_kernels["variants"].items():
         yield f"  {name:<12} {reason or 'runs here'}"
-    if of_kernels["activations"] is not None:
-        yield f"activations of quantised weights: {of_kernels['activations']} (auto)"
+    yield "activations of quantised weights (auto): measured at a model's first start"
+    for model, reasons in found["auto"].items():
+        yield from (f"  {model}: {reason}" for reason in reasons.values())
     usable = f"{machine['cores']} of {machine['cpus']} CPUs usable"
     yield f"CPU: {machine['cpu']} ({machine['machine']}), {usable}"
     yield f"threads: {machine['threads']} (torch's)"

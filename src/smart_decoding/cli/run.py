@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print each answer as one line of JSON when it is done"
     )
     parser.add_argument(
-        "--stats", action="store_true", help="one line of speed and drafts on standard error"
+        "--stats", action="store_true", help="speed, drafts, and what auto chose, on standard error"
     )
 
 
@@ -120,6 +120,8 @@ def main(args: argparse.Namespace) -> None:
             seed = f", seed {params.seed}" if drawn else ""
             believed = beliefs_line(llm.engine.policy.stats())
             print(f"{stats_line(answers)}{seed}; {llm.precision}{believed}", file=sys.stderr)
+            if llm.choice is not None and llm.choice.reason:
+                print(f"auto: {llm.choice.reason}", file=sys.stderr)
         keep_for_later(llm)
 
 

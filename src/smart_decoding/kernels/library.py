@@ -6,11 +6,15 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +56,11 @@ class Variant:
     def lacking(self) -> list[str]:
         """CPU features that it needs and this CPU lacks."""
         return sorted(self.needs - cpu_flags())
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it multiplies by the tiles of AMX."""
+        return "amx_tile" in self.needs
 
     def refusal(self) -> str | None:
         """Return why it cannot run here, as far as is known before loading it; None if it can."""
@@ -123,10 +132,66 @@ def runnable() -> list[str]:
     return [variant.name for variant in variants() if variant.refusal() is None]
 
 
-@functools.cache
+class _Running:
+    """The variant of this process. measured: the one that was found fastest; None: the best one.
+    final: weights may lie in its panels."""
+
+    measured: str | None = None
+    final = False
+
+
+_running = _Running()
+_lock = threading.Lock()
+_tried: ContextVar[str | None] = ContextVar("tried", default=None)  # of one thread
+
+
 def chosen() -> str:
-    """Return the variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA
-    cannot run, or none can."""
+    """Return the variant that runs: SMART_ISA, the one that was found fastest, or the best one.
+    Raises ConfigError if SMART_ISA cannot run, or none can."""
+    return _tried.get() or _running.measured or best()
+
+
+def library() -> ctypes.CDLL:
+    """Return the library of the variant that runs, which no longer changes then. Raises ConfigError
+    if none can."""
+    if not _running.final and _tried.get() is None:
+        with _lock:
+            _running.final = True
+    return load(chosen())
+
+
+@contextmanager
+def trying(name: str) -> Iterator[None]:
+    """Run another variant in the block, in this thread only."""
+    token = _tried.set(name)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+def candidates() -> list[str]:
+    """Return the variants that may be the fastest, the best one first: vectors may be faster than
+    the tiles of AMX. One that SMART_ISA names, or that is in use, is the only one."""
+    first = chosen()
+    if _running.final or os.environ.get("SMART_ISA"):
+        return [first]
+    by_vectors = (each.name for each in variants() if not each.has_tiles and not each.refusal())
+    return list(dict.fromkeys((first, *itertools.islice(by_vectors, 1))))
+
+
+def settle(name: str) -> None:
+    """Run a candidate from now on, unless another one is in use by now."""
+    with _lock:
+        if not _running.final:
+            _running.measured = name
+        _running.final = True
+
+
+@functools.cache
+def best() -> str:
+    """Return SMART_ISA, or the best variant that this CPU and the system allow. Raises ConfigError
+    if SMART_ISA cannot run, or none can."""
     required = os.environ.get("SMART_ISA")
     if required:
         load(required)
@@ -142,17 +207,12 @@ def chosen() -> str:
     raise ConfigError("; ".join(refusals) or _nothing())
 
 
-def library() -> ctypes.CDLL:
-    """Return the library of the variant that runs. Raises ConfigError if none can."""
-    return load(chosen())
-
-
 @functools.cache
 def unavailable() -> str | None:
     """Return why no kernels can run here, or None. Raises ConfigError if SMART_ISA names a variant
     that cannot."""
     try:
-        chosen()
+        best()
     except ConfigError as error:
         if os.environ.get("SMART_ISA"):
             raise
@@ -161,9 +221,10 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def identity() -> str:
-    """Return a name that only these kernels have: times of other kernels do not hold for them."""
-    variant = next(v for v in variants() if v.name == chosen())
+def identity(name: str) -> str:
+    """Return a name that only this build of a variant has: times of other kernels do not hold for
+    it."""
+    variant = next(v for v in variants() if v.name == name)
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
 
 

@@ -68,13 +68,16 @@ def pass_rows(packed: PackedWeight) -> int:
 def multiplies_bytes() -> bool:
     """Return whether quants can be multiplied with inputs rounded to 8 bits, as with AVX2 or
     i8mm."""
-    return bool(_lib().smart_multiplies_bytes())
+    return bool(library.load(library.chosen()).smart_multiplies_bytes())
 
 
-def prefers_bytes() -> bool:
-    """Return whether products in 8 bits are faster than exact ones, for any number of rows. False
-    with AMX, whose tiles multiply 16 rows of bf16 in one row's time."""
-    return bool(_lib().smart_prefers_bytes())
+def multiply(x: Tensor, packed: PackedWeight, out: Tensor, hint: int) -> None:
+    """Write x weight^T, x [rows, k], to out [rows, n]. hint: see Arena."""
+    rows, k = x.shape
+    weight = (packed.address, packed.n, k, packed.is_bf16)
+    nothing = (None, 0.0, None)  # norm and bias
+    result = (out, packed.n, False, hint, None)
+    _lib().smart_linear(x, rows, *weight, *nothing, x, *result, torch.get_num_threads())
 
 
 def forward(model: Structure, rows: Structure, forward_pass: Structure) -> None:

@@ -17,6 +17,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees, accept
 from smart_decoding.engine.outputs import CompletionOutput
 from smart_decoding.engine.request import RequestMetrics
 from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.profiling.ways import ChosenWay, Way
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ class FakeLLM:
     stop_reason: ClassVar[str | None] = None
     context: ClassVar[int] = 4096
     recommended: ClassVar[dict[str, Any]] = {}
+    reason: ClassVar[str] = ""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model = model
@@ -44,6 +46,7 @@ class FakeLLM:
         self.calls = []
         self.provenance = {"model": model, "weights": "fake weights", "dtype": "fp32"}
         self.precision = "Q4_K_M, activations in 8 bits"
+        self.choice = ChosenWay(Way("amx", "int8"), self.reason)
         self.tokenizer = SimpleNamespace(
             template=None,
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],

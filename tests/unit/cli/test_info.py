@@ -14,15 +14,18 @@ import torch
 import smart_decoding
 from smart_decoding.cli import info
 from smart_decoding.cli import main as cli
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels import library, ops
+from smart_decoding.kernels import library
 from smart_decoding.models.checkpoints import loading
+from smart_decoding.profiling import cache
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with one file."""
+    """A cache with one file, in a process in which no kernels are in use."""
     monkeypatch.setenv("SMART_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_running", library._Running())
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "0123-tiny.gguf").write_bytes(bytes(3_000_000))
     return tmp_path
@@ -40,7 +43,6 @@ def test_the_kernels_that_run(capsys: pytest.CaptureFixture[str]) -> None:
     mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
     assert list(found["variants"]) == [variant.name for variant in mine]
     assert found["variants"][library.chosen()] is None
-    assert found["activations"] == ("int8" if ops.prefers_bytes() else "exact")
     for variant in mine:
         if variant.refusal() is not None:
             assert found["variants"][variant.name] == variant.refusal()
@@ -58,7 +60,7 @@ def test_what_the_system_denies_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_choice_that_cannot_run_is_told_and_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    library.chosen.cache_clear()
+    library.best.cache_clear()
     monkeypatch.setenv("SMART_ISA", "nonsense")
     assert cli.main(["info"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
@@ -70,11 +72,26 @@ def test_a_choice_that_cannot_run_is_told_and_no_error(
 
 def test_a_choice_of_the_users_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     last = library.runnable()[-1]
-    library.chosen.cache_clear()
+    library.best.cache_clear()
     monkeypatch.setenv("SMART_ISA", last)
     found = info.kernels()
-    library.chosen.cache_clear()
+    library.best.cache_clear()
     assert (found["chosen"], found["why"]) == (last, "named by SMART_ISA")
+
+
+def test_choices_of_auto_are_told_with_their_reasons(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(capsys)["auto"] == {}
+    told = {"1": "8 bits on amx, 1.50 times as fast", "8": "exact on amx"}
+    cost = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
+    cache.save_profile(own_cache / "profiles" / "a.json", cost, "tiny")
+    cache.save(own_cache / "profiles" / "b.json", {"seconds": {}, "told": told}, "tiny")
+    (own_cache / "profiles" / "c.json").write_text("[]")
+    assert shown(capsys)["auto"] == {"tiny": told}
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "  tiny: 8 bits on amx, 1.50 times as fast\n  tiny: exact on amx\n" in text
 
 
 def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:

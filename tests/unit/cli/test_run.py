@@ -240,6 +240,16 @@ def test_a_batch_has_statistics_of_all_its_answers(
     ) in capsys.readouterr().err
 
 
+def test_statistics_tell_what_auto_chose(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "reason", "8 bits on amx, 1.50 times as fast")
+    assert cli.main(["run", "--stats", "hi"]) == 0
+    assert capsys.readouterr().err.endswith("\nauto: 8 bits on amx, 1.50 times as fast\n")
+    assert cli.main(["run", "hi"]) == 0
+    assert "auto" not in capsys.readouterr().err
+
+
 def test_run_draws_another_seed_each_time_and_tells_it(
     fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:

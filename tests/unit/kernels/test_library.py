@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ CACHED = (
     library.cpu_flags,
     library.variants,
     library.load,
-    library.chosen,
+    library.best,
     library.unavailable,
     library.identity,
 )
@@ -58,6 +59,7 @@ CACHED = (
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No answer of an earlier test, and none for a later one."""
     monkeypatch.delenv("SMART_ISA", raising=False)
+    monkeypatch.setattr(library, "_running", library._Running())
     _forget()
     yield
     monkeypatch.undo()
@@ -117,7 +119,55 @@ def test_smart_isa_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
     last = library.runnable()[-1]
     monkeypatch.setenv("SMART_ISA", last)
     assert library.chosen() == last
-    assert library.identity().startswith(f"{last} ")
+    assert library.identity(last).startswith(f"{last} ")
+
+
+def with_tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The best variant here, as if it had tiles, and the next one; they run here."""
+    first, second = library.runnable()[:2]
+    tiles = {variant.name for variant in library.variants() if variant.has_tiles} | {first}
+    fake = property(lambda variant: variant.name in tiles)
+    monkeypatch.setattr(library.Variant, "has_tiles", fake)
+    return first, second
+
+
+def test_beside_tiles_the_best_of_vectors_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    amx = next(variant for variant in library.variants() if variant.name == "amx")
+    assert [variant for variant in library.variants() if variant.has_tiles] == [amx]
+    assert library.candidates() == [library.best()]  # this CPU may have tiles; the next test fakes
+    first, second = with_tiles(monkeypatch)
+    assert library.candidates() == [first, second]
+    monkeypatch.setenv("SMART_ISA", first)
+    assert library.candidates() == [first]
+
+
+def test_a_candidate_that_is_settled_on_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, second = with_tiles(monkeypatch)
+    library.settle(second)
+    assert library.chosen() == second
+    assert library.library() is library.load(second)
+    assert library.candidates() == [second]
+
+
+def test_what_is_in_use_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights lie in its panels, which no other variant reads."""
+    first, second = with_tiles(monkeypatch)
+    assert library.library() is library.load(first)
+    library.settle(second)
+    assert library.candidates() == [first]
+    assert library.library() is library.load(first)
+
+
+def test_a_trial_is_of_one_thread_and_uses_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = with_tiles(monkeypatch)
+    elsewhere: list[str] = []
+    with library.trying(second):
+        assert library.library() is library.load(second)
+        thread = threading.Thread(target=lambda: elsewhere.append(library.chosen()))
+        thread.start()
+        thread.join()
+    assert elsewhere == [first]
+    assert library.candidates() == [first, second]
 
 
 def test_an_unknown_name_lists_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +242,7 @@ def test_what_the_system_denies_gives_way_to_the_next(monkeypatch: pytest.Monkey
     monkeypatch.setattr(library, "runnable", lambda: ["best", *runs])
     monkeypatch.setattr(library, "load", denying)
     assert library.chosen() == runs[0]
-    library.chosen.cache_clear()
+    library.best.cache_clear()
     monkeypatch.setenv("SMART_ISA", "best")
     with pytest.raises(
         ConfigError, match="the system denies"

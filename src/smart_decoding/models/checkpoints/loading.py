@@ -85,6 +85,14 @@ class Checkpoint:
             return f"{self.quantization}{end}"
         return f"{self.file_type or _types(self.weights)}{end}"
 
+    @property
+    def has_quants(self) -> bool:
+        """Whether the first layer has quants. Tensors that cannot be quants are not read."""
+        if not isinstance(self.weights, StoredWeights | StackedExperts | RoundedWeights):
+            return False
+        layer = (name for name in self.weights if name.startswith("model.layers.0."))
+        return any(isinstance(self.weights[name], QuantizedTensor) for name in layer)
+
 
 def load_checkpoint(
     path_or_name: str | Path | Source,
@@ -200,16 +208,17 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
     )
 
 
-def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> Checkpoint:
-    """Return the same, inputs of its quants rounded to 8 bits, if its first layer has quants.
-    required: ConfigError if it has none."""
-    if not _has_quants(checkpoint.weights):
-        if not required:
-            return checkpoint
+def require_quants(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for weights without quants, whose inputs cannot be rounded to 8 bits."""
+    if not checkpoint.has_quants:
         raise ConfigError(
             "activations='int8' needs quantised weights: a GGUF file, or "
             "quantization='int8' or 'int4'"
         )
+
+
+def with_rounded_activations(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the same, inputs of its quants rounded to 8 bits."""
     dtype = checkpoint.provenance["dtype"] + _IN_BYTES
     return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
 
@@ -222,14 +231,6 @@ def _types(weights: Mapping[str, Matrix]) -> str:
         counts[weights.dtypes[name]] += prod(shape)
     shares = counts.most_common()
     return " + ".join(kind for kind, count in shares if count >= _NAMED * counts.total())
-
-
-def _has_quants(weights: Mapping[str, Matrix]) -> bool:
-    """Return whether the first layer has quants. Tensors that cannot be quants are not read."""
-    if not isinstance(weights, StoredWeights | StackedExperts | RoundedWeights):
-        return False
-    layer = (name for name in weights if name.startswith("model.layers.0."))
-    return any(isinstance(weights[name], QuantizedTensor) for name in layer)
 
 
 def _load_vision(

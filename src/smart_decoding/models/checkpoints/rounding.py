@@ -33,7 +33,13 @@ class RoundedWeights(Mapping[str, Matrix]):
         self._scheme = scheme
 
     def __getitem__(self, name: str) -> Matrix:
-        weight = self._weights[name]
+        return self._rounded(name, self._weights[name])
+
+    def first_rows(self, name: str, count: int) -> Matrix:
+        """Return the first rows of a matrix. No others are rounded."""
+        return self._rounded(name, self._weights[name][:count])
+
+    def _rounded(self, name: str, weight: Matrix) -> Matrix:
         format_ = _format_of(name, tuple(weight.shape), self._scheme)
         if isinstance(weight, QuantizedTensor) or format_ is None:
             return weight

@@ -17,7 +17,6 @@ from smart_decoding.kernels.ops import (
     MAX_QUERIES,
     MOST_INPUTS,
     multiplies_bytes,
-    prefers_bytes,
 )
 from smart_decoding.models.torch.torch_layers import ops_for
 
@@ -90,12 +89,11 @@ def require_served(
             raise ModelError(f"the CPU kernels do not serve {what}: {reason}; {INSTEAD}")
 
 
-def rounds_activations(activations: str, holds_quants: bool) -> bool:
-    """Return whether inputs of quants are rounded to 8 bits under EngineArgs' `activations`.
-    holds_quants: whether the CPU kernels hold quants as they are stored. Raises ConfigError for
-    int8 where it cannot be."""
+def check_activations(activations: str, holds_quants: bool) -> None:
+    """Raise ConfigError for EngineArgs' activations="int8" where it cannot be. holds_quants:
+    whether the CPU kernels hold quants as they are stored."""
     if activations != "int8":
-        return activations == "auto" and holds_quants and prefers_bytes()
+        return
     if not holds_quants:
         raise ConfigError(
             "activations='int8' needs quantised weights on the CPU kernels in bfloat16; "
@@ -103,7 +101,6 @@ def rounds_activations(activations: str, holds_quants: bool) -> bool:
         )
     if not multiplies_bytes():
         raise ConfigError("activations='int8' needs a CPU with AVX2 or Arm's i8mm")
-    return True
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:

@@ -56,7 +56,7 @@ class KeptPanels:
         self._made = made
         self._stem = f"{made.name.removesuffix('-stored')}-panels-{library.chosen()}"
         self._stem += "-bytes" if in_bytes else ""
-        build = hashlib.sha256(library.identity().encode()).hexdigest()[:8]
+        build = hashlib.sha256(library.identity(library.chosen()).encode()).hexdigest()[:8]
         self._folder = made.with_name(f"{self._stem}-{build}")
 
     def read(self) -> Tensor | None:
