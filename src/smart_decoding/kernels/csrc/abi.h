@@ -312,7 +312,6 @@ int32_t smart_page();          // positions of a KV page
 int32_t smart_pass_rows(const struct Weight* w, int32_t is_bf16);
 int32_t smart_rounds_inputs();     // are inputs rounded to bf16 for products in bf16?
 int32_t smart_multiplies_bytes();  // can quants be multiplied with inputs in 8 bits (Weight)?
-int32_t smart_prefers_bytes();     // is that faster for any number of rows?
 // Do keys and values of a page lie in pairs?
 int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim);
 

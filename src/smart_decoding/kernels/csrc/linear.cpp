@@ -176,7 +176,6 @@ int32_t smart_pass_rows(const Weight* w, int32_t is_bf16) {
     return w->strips ? ROWS_OF_ONE : PASS_ROWS;
 }
 int32_t smart_multiplies_bytes() { return HAS_BYTE_PRODUCTS; }
-int32_t smart_prefers_bytes() { return HAS_BYTE_PRODUCTS && !HAS_TILES; }
 int32_t smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }
 
 float smart_read(const float* x, int64_t bytes, int32_t hint, int32_t threads) {

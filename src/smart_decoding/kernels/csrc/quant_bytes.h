@@ -209,8 +209,8 @@ static inline void prefetch_start(const Strip* panel) {
 }
 
 // Adds to sums [rows, PANEL] what `depth` of S strips, from k = first on, yields; all of it lies in
-// one super-block. FRESH: it is read from memory. Tiles of AMX are no faster for any number of
-// rows: what takes long is to unpack the weights, and to scale the sums of each block.
+// one super-block. FRESH: it is read from memory. Tiles of AMX were no faster for any number of
+// rows where each product was awaited before it was scaled (LOG.md).
 template <int F, int S, bool FRESH>
 __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, int rows,
                                                             const ByteStrip& strip, int64_t first,

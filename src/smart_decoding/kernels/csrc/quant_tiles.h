@@ -165,15 +165,15 @@ struct TileProducts {
         tile_configure(shapes);
     }
 
-    // A tile of half HALF at k = i.
+    // A tile of half HALF at k = i; the inputs of half 0 stay in their tiles for half 1.
     template <int HALF>
     __attribute__((always_inline)) void add(const bf16* tile, int64_t i) const {
-        tile_load<4>(tile, TILE_WIDTH);
-        tile_load<6>(x.at(group, i), 4 * x.columns(group));
-        tile_dot_bf16<HALF, 4, 6>();
+        tile_load<4 + HALF>(tile, TILE_WIDTH);
+        if constexpr (HALF == 0) tile_load<6>(x.at(group, i), 4 * x.columns(group));
+        tile_dot_bf16<HALF, 4 + HALF, 6>();
         if constexpr (BOTH) {
-            tile_load<7>(x.at(group + 1, i), 4 * x.columns(group + 1));
-            tile_dot_bf16<2 + HALF, 4, 7>();
+            if constexpr (HALF == 0) tile_load<7>(x.at(group + 1, i), 4 * x.columns(group + 1));
+            tile_dot_bf16<2 + HALF, 4 + HALF, 7>();
         }
     }
 
@@ -229,10 +229,15 @@ struct alignas(64) TileChunk {
         widen_half<1>(strips, then, k, depth, beside);
     }
 
-    // Adds the products of block b of half HALF.
-    template <int HALF, class X, bool BOTH>
-    __attribute__((always_inline)) void multiply(const TileProducts<X, BOTH>& to, int b) const {
-        to.template add<HALF>(half[HALF] + b * TILE_QUANTS, first + b * QUANT_BLOCK);
+    // Adds the products of a block. turn: 0 for the first one of half 0, 1 for that of half 1, and
+    // so on: a product waits for the one before it in the same sums as long as a block is widened.
+    template <class X, bool BOTH>
+    __attribute__((always_inline)) void multiply(const TileProducts<X, BOTH>& to, int turn) const {
+        const int b = turn / 2;
+        if (turn % 2)
+            to.template add<1>(half[1] + b * TILE_QUANTS, first + b * QUANT_BLOCK);
+        else
+            to.template add<0>(half[0] + b * TILE_QUANTS, first + b * QUANT_BLOCK);
     }
 
     template <class X, bool BOTH>
@@ -267,7 +272,7 @@ static void tile_panel(const TileProducts<X, BOTH>& products, const Strip* strip
         TileChunk &next = chunks[number % 2], &last = chunks[(number + 1) % 2];
         const int left = last.blocks;
         const auto beside = [&](auto half, int b) __attribute__((always_inline)) {
-            if (left) last.template multiply<half>(products, b);
+            if (left) last.multiply(products, half * next.blocks + b);
         };
         next.widen(strips, then, i, products.x.k, beside);
         if (next.blocks < left) last.multiply_from(products, next.blocks);
