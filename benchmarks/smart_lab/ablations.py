@@ -269,7 +269,13 @@ class OneFactor:
         corrected: FloatArray = table * math.exp(self.log)
         return corrected
 
-    def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> OneFactor:
+    def of_rows(self, rows: IntArray) -> float:
+        """Return 1: all rows have the same factor."""
+        return 1.0
+
+    def updated(
+        self, table: float, weights: float, seconds: float, steps: int = 1, rows: float = 0.0
+    ) -> OneFactor:
         """Move the factor by a share of what it was off, outliers by no more than
         others."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):

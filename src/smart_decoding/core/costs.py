@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from smart_decoding.core.calibration import RunningMean
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
+    from smart_decoding.core.tree import FloatArray, IntArray
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -160,8 +160,6 @@ def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
 #   speed    of every step: a shared machine becomes slower or faster as a whole.
 #   memory   of reading the weights: other programs leave more or less memory bandwidth. This is the
 #            whole cost of a few rows, and nothing of many, which are bound by arithmetic.
-#   drafts   of a verification with drafted rows: a table that is timed on repeated forwards misses
-#            what a round adds, such as cold caches.
 #   octaves  errors of the table at 1, 2, 4, ... rows, linear in log rows between them.
 #
 # The states' uncertainty decides how far a step of 24 rows corrects the cost of one row. A rare
@@ -174,10 +172,10 @@ NOISE = 0.06  # standard deviation of the logarithm of one step's time
 # move little; and the speed becomes less certain, as the machine may have changed.
 SURPRISE = 2.0
 OCTAVES: FloatArray = np.arange(9.0)  # log2 of 1, 2, ... 256 rows
-SPEED, MEMORY, DRAFTS, FIRST_OCTAVE = range(4)  # places of the states
+SPEED, MEMORY = 0, 1  # places of the states; those of the octaves follow
 # Prior standard deviations.
-ERROR = 0.1  # of a table, for rows that are drafted and at each octave
-PRIOR: FloatArray = np.array([0.2, 0.8, *[ERROR] * (1 + len(OCTAVES))])
+ERROR = 0.1  # of a table, at each octave
+PRIOR: FloatArray = np.array([0.2, 0.8, *[ERROR] * len(OCTAVES)])
 # Each observation shrinks all states a little and makes them a little less certain. The variance
 # of an unobserved state grows back to its prior, and no further. A machine changes within seconds,
 # the table's errors stay.
@@ -204,11 +202,10 @@ class Correction:
         now *= math.exp(self.logs[SPEED])
         return now
 
-    def of_rows(self, rows: IntArray, drafts: BoolArray) -> FloatArray:
-        """Return the further factors of verifications of so many rows. drafts: whether some of
-        them are drafted."""
-        octaves = np.interp(np.log2(np.maximum(rows, 1)), OCTAVES, self.logs[FIRST_OCTAVE:])
-        factors: FloatArray = np.exp(octaves + self.logs[DRAFTS] * drafts)
+    def of_rows(self, rows: IntArray) -> FloatArray:
+        """Return the further factors of verifications of so many rows."""
+        octaves = np.interp(np.log2(np.maximum(rows, 1)), OCTAVES, self.logs[2:])
+        factors: FloatArray = np.exp(octaves)
         return factors
 
     def updated(
@@ -218,10 +215,9 @@ class Correction:
         seconds: float,
         steps: int = 1,
         rows: float = 0.0,
-        drafts: bool = False,
     ) -> Correction:
         """Return the correction after a step of `seconds`, or the means of `steps`; `table` and
-        `weights` as in `seconds()`. rows, drafts: as in `of_rows()`; 0 rows: of a drafter's level.
+        `weights` as in `seconds()`. rows: of a verification; 0: it was a drafter's level.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
@@ -233,8 +229,7 @@ class Correction:
         slope = np.zeros(len(PRIOR))  # of the log seconds, by each state
         slope[SPEED] = 1.0
         if rows:
-            slope[DRAFTS] = drafts
-            slope[FIRST_OCTAVE:] = _at_octaves(rows)
+            slope[2:] = _at_octaves(rows)
         error = math.log(seconds / now) - float(slope @ logs)
         slope[MEMORY] = math.exp(logs[MEMORY]) * weights / now
         # Covariance of the log seconds with each state, and their standard deviation.
@@ -421,7 +416,7 @@ class CostModel:
             table = table + further
             weights = weights + further
         correction = self.verify_correction
-        return correction.seconds(table, weights) * correction.of_rows(rows, rows > batch)
+        return correction.seconds(table, weights) * correction.of_rows(rows)
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Return the seconds of one level of the model drafter, not the first, that expands `width`
@@ -475,9 +470,7 @@ class CostModel:
             table += further
             stalled += further
             experts = experts.learned(s)
-        correction = self.verify_correction.updated(
-            table, stalled, s.seconds, s.rounds, s.rows, s.rows > s.batch
-        )
+        correction = self.verify_correction.updated(table, stalled, s.seconds, s.rounds, s.rows)
         return replace(self, verify_correction=correction, experts=experts)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 
 from smart_decoding.core.calibration import HORIZON
 
-START = 0.5  # plain rounds of credit that a request begins with, so that drafting can begin
+START = 1.0  # plain rounds of credit that a request begins with, so that drafting can begin
 MOST = 16.0  # plain rounds of credit that count: old gains are no reason to wait for long
 LONGEST = 2.0  # plain rounds, for any credit: what long rounds cost is known least
 STEPS = 4  # an octave, to which lengths are cut: equal ones share predictions
