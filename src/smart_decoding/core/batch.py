@@ -87,7 +87,7 @@ class Round:
     request and its catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, without the drawing of tokens.
-    other_seconds: the rest of the round, and the time between rounds.
+    other_seconds: the rest of the round, and the deliveries behind one of its kind.
     lost_seconds: of drafts before the round that were dropped, as a request had arrived.
     experts: that the forward's rows woke, in the mean of a mixture's layers; 0: there are none.
     """

@@ -95,12 +95,10 @@ class Engine:
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        # Seconds behind the last rounds that drafted, and behind the others: of learning, and until
-        # the next step began. Each is charged to the next round of its kind.
+        # Seconds behind the last rounds that drafted, and behind the others: of learning, and of
+        # texts and deliveries. Each is charged to the next round of its kind.
         self._behind = {True: 0.0, False: 0.0}
-        self._ended: tuple[float, bool] | None = (
-            None  # the last round: when, and whether it drafted
-        )
+        self._drafted = False  # whether the last round did
         self._lost_seconds = 0.0  # of dropped drafts
         self._reported: set[str] = set()  # parts of speculation that have raised
         # Requests whose drafts were dropped. Their next round is plain, so that it never
@@ -182,10 +180,6 @@ class Engine:
         next round, drafting stops and nothing is returned. A forward cannot be cut short: the
         request would wait for all of it."""
         started = self._clock()
-        if self._ended is not None:
-            ended, drafted = self._ended
-            self._behind[drafted] += started - ended
-            self._ended = None
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
         if not batch:
@@ -217,9 +211,12 @@ class Engine:
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
-        if self.scheduler.running:
-            self._ended = self._clock(), done.rule is not None
+        self._drafted = done.rule is not None
         return verified.requests
+
+    def charge(self, seconds: float) -> None:
+        """Charge the time that the last round's texts and deliveries took to its kind of rounds."""
+        self._behind[self._drafted] += seconds
 
     def _encode_images(self, batch: Batch) -> float:
         """Run the vision tower on pictures that the round's rows reach for the first time; return

@@ -264,10 +264,12 @@ class Rounds:
         """Run one round; return whether any request got tokens. arrived: as for `Engine.step`."""
         self._observers.notify(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
+        began = time.perf_counter()
         self._observers.notify(lambda observer: observer.after(self.engine, touched))
         self._show(touched)
         for request in touched:
             self.emit(request)
+        self.engine.charge(time.perf_counter() - began)
         return bool(touched)
 
     def emit(self, request: Request) -> None:
