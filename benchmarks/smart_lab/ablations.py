@@ -102,6 +102,17 @@ class OneKind(Variant):
         return replace(batch, temperature=np.zeros(batch.size), pictures=None, constrained=None)
 
 
+class PromptLessons(Variant):
+    """`smart` that learns costs from rounds with prompts, as if their rows were those of
+    drafts."""
+
+    def observe(self, round: Round) -> None:
+        """Learn, and take the round's time for a verification's."""
+        super().observe(round)
+        if round.batch.prefill_rows:
+            self.inner.state.drafted.add(round)
+
+
 def even_budget(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Let every request expand and verify as many nodes as every other one."""
     return replace(rule, expand=EvenExpand(rule.expand), keep=EvenKeep(exact.costs, exact.least))
@@ -450,6 +461,7 @@ VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
     "all_levels": lambda p: Variant(p, all_levels(8)),
     "two_levels": lambda p: Variant(p, all_levels(2)),
     "even_budget": lambda p: Variant(p, even_budget),
+    "prompt_lessons": PromptLessons,
     "greedy_rule": lambda p: Variant(p, greedy_rule),
     "cheap_costs": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
     "cheap_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),

@@ -51,8 +51,10 @@ from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
+from smart_lab.figures import SLOW
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Block
     from smart_decoding.bench.statistics import Ratio
     from smart_decoding.engine.engine import Engine
 
@@ -206,6 +208,8 @@ class Bench:
         shipped = _head(None)
         if name == "the shipped head":
             return Case(shipped, self.usual)
+        if name == "mixed kinds of text":
+            return Case(shipped, {"mixed": in_turn(self.usual)})
         if name == "an untrained head":
             return Case(_head(self._made(untrained_head)), self.usual, noticed=turns_off)
         if name == "a head of another model":
@@ -234,6 +238,7 @@ class Bench:
             deadline = time.perf_counter() + seconds
             found = measure(engines, case.prompts, size, deadline, closed=arrivals == "closed")
         result = {"case": name, "batch_size": size, "arrivals": arrivals, **_figures(found)}
+        result["believed"] = engines["smart"].policy.stats()
         if case.noticed is not None and size == min(self.options.batch_sizes):
             engine = case.make(self.llm).engine
             result["rounds_until_noticed"] = case.noticed(self._answering(engine, case.prompts))
@@ -241,9 +246,8 @@ class Bench:
 
     def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> Observed:
         """Return the first rounds at batch 1."""
-        mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
         observed: list[tuple[bool, float]] = []
-        for prompt in mixed:
+        for prompt in in_turn(prompts):
             engine.add_request(f"notice-{prompt.index}", prompt.tokens, prompt.params)
             while engine.has_unfinished_requests:
                 cost = cast(Smart, engine.policy).cost
@@ -257,6 +261,32 @@ class Bench:
             if len(observed) >= MOST_ROUNDS + WINDOW:
                 break
         return observed
+
+
+def in_turn(prompts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+    """Return the prompts of all tasks, one of each by turns."""
+    return [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
+
+
+def _slowdowns(pairs: Sequence[tuple[Block, Block]]) -> dict[str, float]:
+    """Return what requests pay for others' drafts: times their plain seconds per token behind the
+    first. The share at SLOW or less, the 95 % quantile, the slowest, and the mean speedup."""
+    times = np.array(
+        [
+            answer.tpot / plain.answers[index].tpot
+            for ours, plain in pairs
+            for index, answer in ours.answers.items()
+        ]
+    )
+    times = times[np.isfinite(times)]
+    if not len(times):
+        return {}
+    return {
+        "within": float((times <= SLOW).mean()),
+        "quantile": float(np.quantile(times, 0.95)),
+        "slowest": float(times.max()),
+        "mean_speedup": float((1 / times).mean()),
+    }
 
 
 def _figures(found: Measurement) -> dict[str, Any]:
@@ -274,6 +304,8 @@ def _figures(found: Measurement) -> dict[str, Any]:
         "tasks": {
             task: _bounds("end_to_end", end_to_end_speedup(of)) for task, of in tasks.items()
         },
+        "requests": _slowdowns(pairs),
+        "requests_again": _slowdowns(found.again),
         "off_share": off / rounds if rounds else float("nan"),
         "identical": all(
             answer.tokens == plain.answers[index].tokens
@@ -319,6 +351,7 @@ def _variant(name: str) -> Make:
 
 CASES = (
     "the shipped head",
+    "mixed kinds of text",
     "an untrained head",
     "a head of another model",
     "adversarial prompts",
@@ -343,6 +376,20 @@ def line_of(row: Mapping[str, Any]) -> str:
         f"{row['blocks']} blocks",
         f"{row['off_share']:.0%} of rounds off",
     ]
+    for kind, requests in (("requests", row["requests"]), ("plain again", row["requests_again"])):
+        if requests:
+            parts.append(
+                f"{kind}: {requests['within']:.0%} within {SLOW}, 95 % {requests['quantile']:.2f}, "
+                f"slowest {requests['slowest']:.2f}"
+            )
+    believed = row["believed"]
+    ratios = [
+        f"{key.removesuffix('_predicted_seconds')} {value:.2f}"
+        for key, value in believed.items()
+        if key.endswith("_predicted_seconds")
+    ]
+    parts.append(f"estimated {believed.get('estimated_speedup', 1.0):.3f}")
+    parts.append(f"predicted / real seconds: {', '.join(ratios)}")
     if "rounds_until_noticed" in row:
         parts.append(f"noticed after {row['rounds_until_noticed']} rounds")
     verdict = "ok" if row["end_to_end"] >= REQUIRED else f"BELOW {REQUIRED}"

@@ -19,7 +19,9 @@ def row(cycles: int, speed: float = 1.0) -> dict[str, Any]:
         return Block("code", 1, Counts(100, seconds, rounds=9), {0: Answer([1], 1)}, 100, seconds)
 
     found = Measurement(cycles=[{"off": block(1.0), "smart": block(1 / speed)}] * cycles)
-    return {"case": "a bad head", "batch_size": 1, "arrivals": "queue", **_figures(found)}
+    believed = {"estimated_speedup": 1.5, "plain_predicted_seconds": 1.01}
+    shared = {"case": "a bad head", "batch_size": 1, "arrivals": "queue", "believed": believed}
+    return {**shared, **_figures(found)}
 
 
 @pytest.mark.parametrize("cycles", [0, 1])
@@ -35,3 +37,15 @@ def test_two_blocks_are_judged(speed: float, verdict: str) -> None:
     found = row(2, speed)
     assert math.isclose(found["end_to_end"], speed)
     assert line_of(found).endswith(f"  {verdict}")
+
+
+def test_what_requests_pay_is_their_time_per_token_over_plain_decodings() -> None:
+    def block(times: list[float]) -> Block:
+        answers = {i: Answer([1, 2], seconds) for i, seconds in enumerate(times)}
+        return Block("code", 4, Counts(100, 1.0, rounds=9), answers, 100, 1.0)
+
+    cycle = {"off": block([1.0, 2.0, 1.0, math.nan]), "smart": block([0.5, 2.0, 1.5, 1.0])}
+    found = _figures(Measurement(cycles=[cycle] * 2))["requests"]
+    assert found["within"] == pytest.approx(2 / 3)
+    assert found["slowest"] == 1.5
+    assert found["mean_speedup"] == pytest.approx((2 + 1 + 1 / 1.5) / 3)
