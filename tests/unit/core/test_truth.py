@@ -52,6 +52,8 @@ def test_rounds_with_prompts_teach_no_costs(size: int) -> None:
     after = policy.predict(shape)
     assert after.plain == before.plain
     assert after.rates[Mode.MODEL] == before.rates[Mode.MODEL]
+    fresh = make_policy("smart", cost=FLAT).state.credit
+    assert policy.state.credit.longest_round(now.requests) >= fresh.longest_round(now.requests)
     assert policy.stats()["prompts_predicted_seconds"] == pytest.approx(1 / 0.75, rel=0.01)
 
 

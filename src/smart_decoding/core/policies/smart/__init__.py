@@ -238,7 +238,7 @@ class Smart:
         lost = self._choice if round.lost_seconds else None  # planned the draft that was dropped
         if lost is not None and lost.mode is Mode.MODEL:
             state.with_model.observe(size, 0.0, lost.forecast_rate * round.lost_seconds)
-        changed = learn(state, round, predicted / plain)
+        changed = learn(state, round, 1.0 if round.rule is None else predicted / plain)
         if choice is not None and round.rule is not None:
             state.realised(choice.mode).observe(
                 size, size + round.expected, choice.forecast_rate * _counted(round, choice)
