@@ -30,7 +30,7 @@ pytestmark = pytest.mark.model
 
 MODEL = "smollm2-135m"
 LONG = "List ten animals."  # it lists more than a hundred
-LOOPS = "Write a haiku about rain."
+LOOPS = "Say 'rain' over and over again without end."
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_it(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_command(trace, tmp_path, capsys):
     rows = json.loads(figures.read_text())["smart"]
     assert [row["seed"] for row in rows] == [0, 1, 2]
     assert all(min(row["requests"]["all rounds"]) > 0 for row in rows)
-    assert all("plain" in row["figures"]["seconds"] for row in rows)
+    assert all(row["figures"]["seconds"] for row in rows)
     assert main([*command, "--ngrams", str(path)], LAB) == 2
     assert "same prompts" in capsys.readouterr().err
 

@@ -125,6 +125,14 @@ class Round:
         return counts
 
     @property
+    def expected_tokens(self) -> list[float]:
+        """[batch] expected tokens of each request."""
+        kept = self.kept
+        owner, prob = self.trees.owner[kept], self.trees.accept_prob[kept]
+        counts: list[float] = (1.0 + np.bincount(owner, prob, self.batch.size)).tolist()
+        return counts
+
+    @property
     def expected(self) -> float:
         """Expected number of accepted nodes: the sum of the verified nodes' accept_prob."""
         return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0

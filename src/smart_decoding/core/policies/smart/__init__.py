@@ -64,7 +64,11 @@ class Choice:
         costs = rule.keep.costs
         further = sum(costs.levels[round.level_widths[1:]].tolist())
         seconds = float(costs.sunk + further + float(costs.verify[len(round.kept)]))
-        return seconds + (self.prediction.unshared if rule.levels else 0.0)
+        return seconds + self.unshared(round)
+
+    def unshared(self, round: Round) -> float:
+        """Return the seconds that the round's first level takes, and later rounds are charged."""
+        return self.prediction.unshared if round.level_widths else 0.0
 
     def loss(self, round: Round) -> float:
         """Return seconds that the round took longer than the best mode for as many tokens."""
@@ -114,7 +118,7 @@ class Smart:
         forecast: Forecast | None = None,
         max_levels: int = 8,
         children: int = WIDEST,
-        max_round_slowdown: float = 1.05,
+        max_round_slowdown: float = 1.1,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
     ) -> None:
@@ -238,7 +242,9 @@ class Smart:
         lost = self._choice if round.lost_seconds else None  # planned the draft that was dropped
         if lost is not None and lost.mode is Mode.MODEL:
             state.with_model.observe(size, 0.0, lost.forecast_rate * round.lost_seconds)
-        changed = learn(state, round, 1.0 if round.rule is None else predicted / plain)
+        later = choice.unshared(round) if choice else 0.0
+        lasted = 1.0 if round.rule is None else (predicted - later) / plain
+        changed = learn(state, round, lasted, later / plain)
         if choice is not None and round.rule is not None:
             state.realised(choice.mode).observe(
                 size, size + round.expected, choice.forecast_rate * _counted(round, choice)
@@ -286,5 +292,5 @@ def _counted(round: Round, choice: Choice) -> float:
     what the model caught up with for later rounds. A stall doubles a round, a time that is no
     number halves it."""
     predicted = choice.predicted_seconds(round)
-    unshared = choice.prediction.unshared if round.level_widths else 0.0
-    return (predicted - unshared) * min(max(0.5, round.seconds / predicted), 2.0)
+    ratio = min(max(0.5, round.seconds / predicted), 2.0)
+    return (predicted - choice.unshared(round)) * ratio

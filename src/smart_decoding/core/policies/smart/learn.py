@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 
 
-def learn(state: SmartState, round: Round, plain_rounds: float) -> bool:
+def learn(state: SmartState, round: Round, plain_rounds: float, later: float) -> bool:
     """Learn from a round; return whether predictions depend on what was learned.
 
-    plain_rounds: how many plain rounds it was predicted to last."""
+    plain_rounds: how many plain rounds it was predicted to last, but for `later`: those of catching
+    up for later rounds."""
     batch = round.batch
     if batch.size > 1:
-        state.credit.observe(batch.requests, round.tokens, plain_rounds)
+        tokens = (round.tokens, round.expected_tokens)
+        state.credit.observe(batch.requests, *tokens, plain_rounds, later)
     if batch.prefill_rows:
         # Rows of prompts skip the output matrix and most of the last layer, and are more than the
         # table has: their times say nothing of rounds that draft.
