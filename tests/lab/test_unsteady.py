@@ -59,7 +59,7 @@ def test_drafts_in_the_state_where_it_pays(trace):
     found, later = np.mean([speedup(trace, [SLOW], FAST, seed=seed) for seed in range(4)], axis=0)
     turning, _ = speedup(trace, [FAST, SLOW], FAST, seed=2)
     assert known > 1.08
-    assert off < 0.1
+    assert off < 0.3  # a request that has little by its drafts holds up the others
     assert found > 1.04
     assert later < 0.5
     assert turning > 0.985

@@ -115,11 +115,13 @@ class Round:
     @property
     def accepted(self) -> int:
         """Number of nodes that the target chose."""
-        return int(np.count_nonzero(self.next_token >= 0))
+        return int(np.count_nonzero(self.next_token >= 0)) if len(self.trees) else 0
 
     @property
     def tokens(self) -> list[int]:
         """[batch] tokens of each request."""
+        if not len(self.trees):  # as in most plain rounds
+            return [1] * self.batch.size
         owners = self.trees.owner[self.next_token >= 0]
         counts: list[int] = (1 + np.bincount(owners, minlength=self.batch.size)).tolist()
         return counts
@@ -128,6 +130,8 @@ class Round:
     def expected_tokens(self) -> list[float]:
         """[batch] expected tokens of each request."""
         kept = self.kept
+        if not len(kept):
+            return [1.0] * self.batch.size
         owner, prob = self.trees.owner[kept], self.trees.accept_prob[kept]
         counts: list[float] = (1.0 + np.bincount(owner, prob, self.batch.size)).tolist()
         return counts

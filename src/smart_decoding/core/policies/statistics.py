@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from smart_decoding.core.batch import Round
-    from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+    from smart_decoding.core.tree import DraftTrees, IntArray
 
 KEEP = 1.0 - 1.0 / 256.0  # decay per round
 FIGURES = ("rounds", "off", "seconds", "in plain", "at most", "accepted", "expected")
@@ -25,8 +25,8 @@ class Statistics:
 
     def __init__(self) -> None:
         self.verified: Counter[tuple[int, str]] = Counter()
-        self.kinds: dict[str, FloatArray] = {kind: np.zeros(len(SUMS)) for kind in KINDS}
-        self._rounds = np.zeros(len(FIGURES))
+        self.kinds = {kind: [0.0] * len(SUMS) for kind in KINDS}
+        self._rounds = [0.0] * len(FIGURES)
 
     def record(self, round: Round, predicted_seconds: float, plain_seconds: float) -> None:
         """Count a round. predicted_seconds: of the round; plain_seconds: of a plain round in its
@@ -39,18 +39,17 @@ class Statistics:
         rounds = tokens / size if size else 0.0
         plain = (plain_seconds * rounds, seconds * rounds)
         figures = (1.0, round.rule is None, seconds, *plain, accepted, round.expected)
-        self._rounds *= KEEP
-        self._rounds += figures
-        kind = self.kinds[kind_of(round)]
-        kind *= KEEP
-        kind += (predicted_seconds, seconds, size + round.expected, tokens)
+        self._rounds = _faded(self._rounds, figures)
+        kind = kind_of(round)
+        sums = (predicted_seconds, seconds, size + round.expected, tokens)
+        self.kinds[kind] = _faded(self.kinds[kind], sums)
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:
         """Return estimated speedup over plain decoding, share of rounds without drafting, accepted
         over expected nodes - 1, and the numbers of rounds that verified chains and trees; and of
         each kind of rounds predicted over real seconds, and expected over real tokens."""
-        rounds, off, seconds, in_plain, at_most, accepted, expected = self._rounds.tolist()
+        rounds, off, seconds, in_plain, at_most, accepted, expected = self._rounds
         in_plain = min(in_plain, at_most)
         shapes: Counter[str] = Counter()
         for (_, shape), count in list(self.verified.items()):  # a copy: other threads call this
@@ -63,11 +62,16 @@ class Statistics:
             "tree_rounds": float(shapes["tree"]),
         }
         for kind, sums in self.kinds.items():
-            predicted, real, of_tokens, tokens = sums.tolist()
+            predicted, real, of_tokens, tokens = sums
             if real > 0 and tokens > 0:
                 found[f"{kind}_predicted_seconds"] = predicted / real
                 found[f"{kind}_expected_tokens"] = of_tokens / tokens
         return found
+
+
+def _faded(sums: Sequence[float], new: Sequence[float]) -> list[float]:
+    """Return the sums with the figures of one more round. Lists: an array takes longer."""
+    return [KEEP * old + value for old, value in zip(sums, new, strict=True)]
 
 
 def kind_of(round: Round) -> str:

@@ -93,8 +93,7 @@ def choose(
         mode = due[-1] if due[0] is state.explored else due[0]
         return Choice(mode, best, prediction, begins=True)
     wait = min(waits.values(), default=math.inf)
-    backs_off = prices and best is Mode.PLAIN
-    backoff = int(min(wait, HORIZON, shape.deepest, recovery)) - 1 if backs_off else 0
+    backoff = int(min(wait, HORIZON, shape.deepest, recovery)) - 1 if best is Mode.PLAIN else 0
     return Choice(best, best, prediction, backoff=backoff)
 
 

@@ -28,6 +28,8 @@ def learn(state: SmartState, round: Round, plain_rounds: float, later: float) ->
     plain_rounds: how many plain rounds it was predicted to last, but for `later`: those of catching
     up for later rounds."""
     batch = round.batch
+    if round.rule is not None and round.rule.scores is None:  # what was drafted is not calibrated
+        state.calibration.score(round.trees, batch.kind)
     if batch.size > 1:
         tokens = (round.tokens, round.expected_tokens)
         state.credit.observe(batch.requests, *tokens, plain_rounds, later)
@@ -79,9 +81,6 @@ def _learn_costs(state: SmartState, timings: Timings) -> bool:
 
 
 def _observe_trees(state: SmartState, round: Round) -> None:
-    assert round.rule is not None
-    if round.rule.scores is None:  # what was drafted is not calibrated
-        state.calibration.score(round.trees, round.batch.kind)
     state.unlearned.append(round)
     expected = round.expected
     state.expected += expected
