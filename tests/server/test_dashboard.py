@@ -31,7 +31,7 @@ def exported(load: Any) -> dict[str, tuple[str, set[str]]]:
     llm.engine.policy = make_policy("smart")
     metrics.start(llm)
     llm.engine_thread.observers.append(metrics)
-    llm.generate("a", SamplingParams(max_tokens=1))
+    llm.generate("a", SamplingParams(max_tokens=4, ignore_eos=True))
     text = generate_latest(metrics).decode()
     kinds = {}
     found = {}

@@ -669,8 +669,9 @@ def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
 def test_a_terminal_gets_no_control_characters_of_a_batch(
     as_json: bool, terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(*_: Any, on_step: Any, **__: Any) -> None:
+    def generate(*_: Any, on_step: Any, **__: Any) -> list[Any]:
         on_step([SimpleNamespace(id="batch-0", finished=True)])
+        return []
 
     llm: Any = SimpleNamespace(generate=generate, tokenizer=SimpleNamespace(token_text=None))
     answer = CompletionOutput(0, "\x9b2J", [1], "stop", None, RequestMetrics(arrival=0.0))

@@ -25,7 +25,7 @@ STEPS = 4  # an octave, to which lengths are cut: equal ones share predictions
 
 
 @dataclass(slots=True)
-class Account:
+class RequestCredit:
     """Plain rounds that one request has paid and not earned by plain rounds' tokens, and drafted
     tokens that it has had, and that were expected."""
 
@@ -53,7 +53,7 @@ class Credit:
 
     def __init__(self, slowdown: float) -> None:
         self.slowdown = slowdown
-        self._known: dict[Hashable, Account] = {}
+        self._known: dict[Hashable, RequestCredit] = {}
         self._later = 0.0  # plain rounds of catching up that are not charged yet
 
     def longest_round(self, requests: Sequence[Hashable]) -> float:
@@ -82,12 +82,14 @@ class Credit:
         """Learn of a round that lasted so many plain ones. tokens, expected: [requests], or more.
         later: further ones, of catching up: about HORIZON rounds have the good of it, and share
         it."""
+        if self.slowdown == math.inf:
+            return
         self._later += later
         plain_rounds += self._later / HORIZON
         self._later -= self._later / HORIZON
         known = self._known
         for request, had, hoped in zip(requests, tokens, expected, strict=False):
-            account = known.setdefault(request, Account())
+            account = known.setdefault(request, RequestCredit())
             account.observe(had, hoped, plain_rounds, self.slowdown)
         if len(known) > HORIZON * HORIZON:  # most of them have ended
             self._known = {request: known[request] for request in requests}
