@@ -3,6 +3,8 @@ logits are the same.
 
 On the CPU kernels "the same" is bitwise, in torch within rounding."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -57,9 +59,20 @@ def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
     with torch.no_grad():
         expected = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
     assert expected.std() > 0.5
+    tolerance = max(TOLERANCE, 2 * own_error(name, expected)) if name in HYBRIDS else TOLERANCE
     torch.testing.assert_close(
-        full(decoder(name, native), TOKENS), expected, rtol=0, atol=TOLERANCE
+        full(decoder(name, native), TOKENS), expected, rtol=0, atol=tolerance
     )
+
+
+def own_error(name: str, logits: torch.Tensor) -> float:
+    """How far transformers' logits in float32 are from its own in float64. Its delta rule in chunks
+    errs by 1.3e-4 on some CPUs."""
+    model = copy.deepcopy(reference(name))
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        exact = model.double()(torch.from_numpy(TOKENS)[None]).logits[0]
+    return float((logits - exact).abs().max())
 
 
 @pytest.mark.parametrize("name", ALL)

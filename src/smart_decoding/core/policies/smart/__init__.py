@@ -117,7 +117,7 @@ class Smart:
         forecast: Forecast | None = None,
         max_levels: int = 8,
         children: int = WIDEST,
-        max_round_slowdown: float = 1.1,
+        max_round_slowdown: float = 1.15,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
     ) -> None:
