@@ -203,6 +203,7 @@ class FakeModel:
     has_model = True
     free = False
     aux_layers = (1, 2)
+    resting_layers = (1, 2)
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)

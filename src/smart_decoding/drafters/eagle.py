@@ -70,6 +70,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head
         self.aux_layers = head.aux_layers
+        self.resting_layers = head.resting_layers
         self.supports_images = head.supports_images
         self._log: Log | None = None
         self._next: dict[int, int] = {}  # page -> the token behind it that its last pair read

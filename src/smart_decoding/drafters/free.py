@@ -23,6 +23,7 @@ class FreeDrafter:
     has_model = False
     free = True
     aux_layers: tuple[int, ...] = ()
+    resting_layers: tuple[int, ...] = ()
     needs_ends = False
 
     @cached_property

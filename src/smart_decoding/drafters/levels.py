@@ -89,6 +89,7 @@ class LevelDrafter(ABC, Generic[S]):
     free = False
     needs_ends = False
     aux_layers: tuple[int, ...] = ()
+    resting_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
     widest = 1 << 30  # most children of a node; 1 where the target verifies chains only

@@ -40,6 +40,7 @@ class UnionDrafter:
         self.model: Any = drafters[0] if self.has_model else None
         self.free_drafters: list[Any] = self.drafters[self.has_model :]
         self.aux_layers: tuple[int, ...] = self.model.aux_layers if self.model else ()
+        self.resting_layers = self.model.resting_layers if self.model else ()
         self.free = bool(self.free_drafters)
         self.needs_ends = False
         self._selection = fastest_selection()  # where the model is left out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
@@ -99,6 +100,7 @@ class Engine:
         # texts and deliveries. Each is charged to the next round of its kind.
         self._behind = {True: 0.0, False: 0.0}
         self._drafted = False  # whether the last round did
+        self._at_rest = 0  # rounds since then, those with prompts apart
         self._lost_seconds = 0.0  # of dropped drafts
         self._reported: set[str] = set()  # parts of speculation that have raised
         # Requests whose drafts were dropped. Their next round is plain, so that it never
@@ -195,8 +197,7 @@ class Engine:
             self._lost_seconds += self._clock() - started
             return []
         draft.kept = _allowed(batch, state, draft)
-        aux_layers = () if self.drafter is None else self.drafter.aux_layers
-        verified = self.target.verify(batch, draft, aux_layers)
+        verified = self.target.verify(batch, draft, self._aux_layers(batch))
         self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
         if self.pool.keeps_snapshots:
@@ -212,11 +213,20 @@ class Engine:
             if request.finished:
                 self._finish(request)
         self._drafted = done.rule is not None
+        if not batch.prefill:  # rounds with prompts never draft
+            self._at_rest = 0 if self._drafted else self._at_rest + 1
         return verified.requests
 
     def charge(self, seconds: float) -> None:
         """Charge the time that the last round's texts and deliveries took to its kind of rounds."""
         self._behind[self._drafted] += seconds
+
+    def _aux_layers(self, batch: Batch) -> tuple[int, ...]:
+        """Return the layers whose states the drafter gets."""
+        if self.drafter is None:
+            return ()
+        resting = batch.prefill and self._at_rest >= HORIZON
+        return self.drafter.resting_layers if resting else self.drafter.aux_layers
 
     def _encode_images(self, batch: Batch) -> float:
         """Run the vision tower on pictures that the round's rows reach for the first time; return

@@ -42,7 +42,7 @@ class Recorder(FreeDrafter):
     needs_ends = True
 
     def __init__(self, aux_layers: tuple[int, ...]) -> None:
-        self.aux_layers = aux_layers
+        self.aux_layers = self.resting_layers = aux_layers
         self.request_ids: set[str] = set()
         self.features: dict[str, list[Tensor]] = {}
         # Requests with their features and their pictures' embeddings.

@@ -58,6 +58,7 @@ class RuleDrafter:
     of its rows `row_seconds`, the rows of tokens that it has not seen yet included."""
 
     name, has_model, free, aux_layers, needs_ends = ("rule", True, False, (), False)
+    resting_layers = ()
 
     def __init__(
         self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0

@@ -81,6 +81,7 @@ class FakeDrafter:
     name = "fake"
     has_model = True
     aux_layers = (1,)
+    resting_layers = (1,)
     needs_ends = False
 
     def __init__(

@@ -147,6 +147,7 @@ class Model:
     has_model = True
     free = False
     aux_layers = ()
+    resting_layers = ()
 
     def __init__(self) -> None:
         self.proposed: list[DraftTrees] = []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.engine_thread import Rounds
@@ -16,7 +17,7 @@ from smart_decoding.engine.scheduler import Batch
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.training.generate import Recorder
 
-from .fakes import VOCAB, alone, finish, make_engine
+from .fakes import VOCAB, FakeDrafter, alone, finish, make_engine
 
 
 def greedy(max_tokens: int | None = 10, **more) -> SamplingParams:
@@ -179,6 +180,32 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
     )  # a prompt's rounds are not its answer's, however few rows were left
     finish(engine)
     assert request.output == alone(prompt, greedy())[0].output
+
+
+def test_prompts_spare_the_last_layer_while_nothing_is_drafted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeDrafter, "aux_layers", (1, 3))
+    monkeypatch.setattr(FakeDrafter, "resting_layers", (1, 2))
+    engine = make_engine("smart", drafter={})
+    plan, read = engine.policy.plan, []
+    forward = engine.target.forward
+    engine.target.forward = lambda rows, layers: read.append(layers) or forward(rows, layers)
+    engine.policy.plan = lambda batch: None
+    add(engine, "first", [1, 2, 3], greedy(2 * HORIZON))
+    finish(engine)
+    assert set(read) == {(1, 3)}  # rounds of answers always have all
+    read.clear()
+    add(engine, "second", [4, 5, 6], greedy(1))
+    finish(engine)
+    assert read == [(1, 2)]
+    engine.policy.plan = plan
+    add(engine, "third", [7, 8, 9], greedy(20))
+    finish(engine)
+    read.clear()
+    add(engine, "fourth", [1, 5, 9], greedy(1))
+    finish(engine)
+    assert read == [(1, 3)]
 
 
 @pytest.mark.parametrize("stop", [None, 3])
