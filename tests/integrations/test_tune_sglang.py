@@ -62,6 +62,13 @@ def test_tiers_and_costs_are_written(
     )
 
 
+def test_one_number_of_steps_that_pays_is_drafted(tune: Any, tmp_path: Path) -> None:
+    """It has no race, only a verdict."""
+    assert tune("--steps", "1", "--max-concurrency", "1") == 0
+    tiers = json.loads((tmp_path / "costs.steps.json").read_text())
+    assert tiers["1"]["candidate_steps"] == [0, 1]
+
+
 def test_trees_have_nodes(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--nodes", "1=2,3=6", "--speculative-eagle-topk", "2", "--max-concurrency", "1")
     assert tune(*words) == 0

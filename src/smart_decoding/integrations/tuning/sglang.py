@@ -144,7 +144,9 @@ class Sglang:
         return f"python -m sglang.launch_server --model-path {self._model} {words}".rstrip()
 
     def _worth(self, found: Found, load: int, setting: Setting) -> bool:
-        return found.trials.value(load, setting, Setting()) >= LOST
+        raced = found.trials.of(load, setting)  # one alone has no race, only a verdict
+        trials = found.trials if raced else found.judged
+        return trials.value(load, setting, Setting()) >= LOST
 
 
 class SglangServer:
