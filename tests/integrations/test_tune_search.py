@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.statistics import Ratio
 from smart_decoding.errors import ModelError
-from smart_decoding.integrations.tuning import busy, report, verdicts
+from smart_decoding.integrations.tuning import busy, report, sglang, verdicts, vllm
 from smart_decoding.integrations.tuning.found import Found, LoadResult
 from smart_decoding.integrations.tuning.search import JUDGED, RACES, Prompts, Search
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
@@ -254,6 +255,53 @@ def test_what_does_not_work_is_left_out_with_its_reason() -> None:
     assert text.count("Not on the GPU: 13 of 33 layers") == 1
 
 
+def test_what_cannot_work_is_not_reported_as_lack_of_time() -> None:
+    """With four requests only settings of a way of drafting that had failed were left."""
+    mtp, slow = [drafts("mtp", 1), drafts("mtp", 2), drafts("mtp", 3)], drafts("slow", 4)
+    engine = RuleEngine({"slow": 0.7}, [*mtp, slow])
+    engine.broken = set(mtp)
+    found = search(engine).run([1, 4])
+    assert not found.left_out
+    one = found.choice(1)
+    assert one is not None
+    text = report.text(found, [one], [1, 4])
+    assert "time for" not in text
+    assert "lack of time" not in text
+    assert "all drafts failed or lost before, for four requests at once." in text
+
+
+def test_what_there_was_no_time_for_is_listed_once() -> None:
+    engine = RuleEngine({}, [drafts("draft", 1), drafts("draft", 2)])
+    found = search(engine, stop=30.0).run([1])
+    left_out = report.plain(found, [])["left_out"]
+    assert [each["options"][-1] for each in left_out] == ["1", "2"]
+
+
+@pytest.mark.parametrize("at", [2, 13])
+def test_where_no_drafts_were_tried_nothing_is_recommended(at: int) -> None:
+    """Ctrl-C came during options of plain decoding, or while the first drafts load."""
+    engine = RuleEngine({}, [drafts("draft", 1)], OPTIONS[:3])
+    engine.interrupted_at = at
+    cut = search(engine)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run([1])
+    assert not any(setting.drafts for _, setting in cut.found.trials)
+    choice = cut.found.choice(1)
+    assert choice is not None
+    assert choice.open
+    assert report.sentence([choice]) == "Nothing is decided yet."
+    assert "not tried" in report.table([choice])[1]
+    assert "No verdict with one request at once: no drafts were tried" in report.text(
+        cut.found, [choice]
+    )
+    for write in (vllm.Vllm.write, sglang.Sglang.write):
+        engine_of_them = Mock(_context=None, _resolved={"no_adaptive": "none"}, _speculative={})
+        assert (
+            "Nothing is written: nothing is known to be faster"
+            in write(engine_of_them, cut.found, [choice], Path("none"))[-1]
+        )
+
+
 def test_plain_decoding_must_work(tmp_path: Path) -> None:
     """Its failure is not kept: a port, or memory, may be free the next time."""
     engine = RuleEngine({}, MANY)
@@ -278,7 +326,10 @@ def test_drafters_that_draft_nothing_are_no_drafters() -> None:
     choice = search(engine).run([1]).choice(1)
     assert choice is not None
     assert choice.best is None
+    assert not choice.open
     assert not choice.pays
+    assert "none worked" in report.table([choice])[1]
+    assert report.sentence([choice]).startswith("Leave speculation off")
 
 
 @pytest.mark.parametrize("limit", [20.0, 60.0, 150.0, 400.0, 900.0])

@@ -25,6 +25,11 @@ class Trials(dict[tuple[int, "Setting"], dict[int, "Trial"]]):
         """Return the trials of a setting by block."""
         return self.get((load, setting), {})
 
+    @property
+    def end(self) -> int:
+        """The number of the first block that nothing answered."""
+        return 1 + max((block for of in self.values() for block in of), default=-1)
+
     def ratios(self, load: int, setting: Setting, base: Setting) -> list[float]:
         """Return how much faster a setting is than another, for each block that both answered."""
         ours, theirs = self.of(load, setting), self.of(load, base)
@@ -42,10 +47,10 @@ class Trials(dict[tuple[int, "Setting"], dict[int, "Trial"]]):
 @dataclass(frozen=True, slots=True)
 class LoadResult:
     """The result at one load. plain: the setting without drafts; best: the best one with drafts,
-    None if none worked; ratio: best over plain; faster: the verdict on it, None without one;
-    lacking: seconds that a verdict takes at most; rates: tokens per second of plain and best;
-    drafted: tokens of a round's draft; accepted: share of them; tokens: of a round; cost: seconds
-    of a round over plain decoding's."""
+    None if none worked; ratio: best over plain; faster: the verdict on it, False where none worked,
+    None without one; lacking: seconds that a verdict takes at most; rates: tokens per second of
+    plain and best; drafted: tokens of a round's draft; accepted: share of them; tokens: of a round;
+    cost: seconds of a round over plain decoding's."""
 
     load: int
     plain: Setting
@@ -67,8 +72,8 @@ class LoadResult:
 
     @property
     def open(self) -> bool:
-        """Whether there were drafts, and no time for a verdict."""
-        return self.best is not None and self.faster is None
+        """Whether there was no time for a verdict, or for any drafts."""
+        return self.faster is None
 
     @property
     def chosen(self) -> Setting:
@@ -80,14 +85,16 @@ class LoadResult:
 class Found:
     """trials: while settings were chosen; judged: of verdicts; base: plain decoding at a load, its
     options confirmed by verdicts; verdicts: of a load in the order of stages; errors: why a setting
-    did not work at a load; left_out: settings not tried for lack of time; notes: of engines."""
+    did not work at a load; left_out: settings not tried for lack of time; ended: loads whose race
+    of drafts came to its end; notes: of engines."""
 
     trials: Trials = field(default_factory=Trials)
     judged: Trials = field(default_factory=Trials)
     base: dict[int, Setting] = field(default_factory=dict)
     verdicts: dict[int, list[Verdict]] = field(default_factory=dict)
     errors: dict[tuple[int, Setting], str] = field(default_factory=dict)
-    left_out: list[tuple[int, Setting]] = field(default_factory=list)
+    left_out: dict[tuple[int, Setting], None] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
     notes: dict[str, None] = field(default_factory=dict)
 
     def all_of(self, load: int, setting: Setting) -> list[Trial]:
@@ -115,7 +122,11 @@ class Found:
         worked = any(at <= load and each.mode == mode for at, each in self.trials)
         return failed and mode != PLAIN and not worked
 
-    def hopeless(self, load: int, setting: Setting) -> bool:
+    def can_work(self, load: int, setting: Setting) -> bool:
+        """Return whether nothing that is known speaks against trying a setting."""
+        return not self.broken(load, setting.mode) and not self._hopeless(load, setting)
+
+    def _hopeless(self, load: int, setting: Setting) -> bool:
         """Return whether a setting failed at a lighter load, or its drafts lost clearly there: a
         row costs more where there are more of them."""
         if not setting.drafts:
@@ -146,7 +157,8 @@ class Found:
             verdict = verdicts.Verdict(load, plain, waiting[0], verdicts.at_look([]), None)
         if verdict is None:
             rate = _rate(self.all_of(load, plain))
-            return LoadResult(load, plain, None, verdicts.at_look([]), None, (rate, rate))
+            faster = False if load in self.ended else None
+            return LoadResult(load, plain, None, verdicts.at_look([]), faster, (rate, rate))
         beside = bool(self.judged.ratios(load, verdict.setting, plain))
         return _choice(self.judged if beside else self.trials, verdict)
 

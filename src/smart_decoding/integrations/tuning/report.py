@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.found import Found, LoadResult, Trials
     from smart_decoding.integrations.tuning.verdicts import Verdict
 
+NOT_TRIED = "no drafts were tried (--time-limit; --resume FILE keeps what is measured)"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -30,9 +31,13 @@ def text(found: Found, choices: Sequence[LoadResult], loads: Sequence[int] = ())
     missing = len({setting for _, setting in found.left_out})
     if missing:
         lines.append(f"Not tried for lack of time: {missing} settings; --time-limit gives more.")
-    unknown = sorted(set(loads) - {choice.load for choice in choices})
-    if unknown:
-        lines.append(f"No time for {_listed([_count(load) for load in unknown])} at once.")
+    unknown = set(loads) - {choice.load for choice in choices}
+    for which, what in (
+        (unknown & found.ended, "Nothing to try, as all drafts failed or lost before, for"),
+        (unknown - found.ended, "No time for"),
+    ):
+        if which:
+            lines.append(f"{what} {_listed([_count(load) for load in sorted(which)])} at once.")
     return "\n".join(lines)
 
 
@@ -53,7 +58,7 @@ def table(choices: Sequence[LoadResult]) -> list[str]:
         plain, best = choice.rates
         row = (str(choice.load), f"{plain:.1f}")
         if choice.best is None:
-            rows.append((*row, "none worked", "", "", "", "", ""))
+            rows.append((*row, "not tried" if choice.open else "none worked", "", "", "", "", ""))
             continue
         verdict = "none yet" if choice.open else "faster" if choice.pays else "not faster"
         if not choice.ratio.pairs:
@@ -90,8 +95,8 @@ def no_verdict(choices: Sequence[LoadResult]) -> Iterator[str]:
     """Yield, for each load without a verdict, the time that it takes at most."""
     for choice in choices:
         if choice.open:
-            more = lacking(choice.lacking)
-            yield f"No verdict with {_requests(choice.load)}: {_named(choice)} {more}."
+            tried = f"{_named(choice)} {lacking(choice.lacking)}" if choice.best else NOT_TRIED
+            yield f"No verdict with {_requests(choice.load)}: {tried}."
 
 
 def lacking(seconds: float) -> str:

@@ -36,13 +36,16 @@ class Prompts:
     """Prompts in blocks, every other one for races and the rest for verdicts: block after block,
     from the first again behind the last."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], first: int = 0) -> None:
+        """first: of all blocks, the one that counts as number 0."""
+        self._first = first
         self._texts = {RACES: list(texts[::2]), JUDGED: list(texts[1::2] or texts)}
 
     def block(self, use: str, number: int, size: int) -> list[str]:
         """Return the prompts of a block."""
         texts = self._texts[use]
         size = min(size, len(texts))
+        number += self._first
         return [texts[(number * size + i) % len(texts)] for i in range(size)]
 
 
@@ -90,10 +93,10 @@ class Search:
             until = self._part(stop, OF_PLAIN if plain else 1.0)
             begun = any((load, stage) in self._chosen for load in loads)
             if plain and not begun and not self._worth_starting(loads, settings, until):
-                found.left_out += [(load, setting) for load in loads for setting in settings]
+                found.left_out |= {(load, each): None for load in loads for each in settings}
                 chosen = {}
             else:
-                working = {at: [s for s in settings if not found.hopeless(at, s)] for at in loads}
+                working = {at: [s for s in settings if found.can_work(at, s)] for at in loads}
                 chosen = self._race(stage, working, races, until)
                 self._judge(chosen, judged, until)
             races, judged = races + len(settings), judged + verdicts.MOST
@@ -101,6 +104,8 @@ class Search:
                 verdict = found.verdicts[load][-1]
                 if plain and verdict.faster:
                     found.base[load] = verdict.setting
+            if not plain:
+                found.ended |= {load for load in loads if self._is_chosen(load, stage)}
 
     def _worth_starting(
         self, loads: Sequence[int], settings: Sequence[Setting], until: float
@@ -169,7 +174,7 @@ class Search:
                 self._answered(setting, working, RACES, block)
                 measured = True
             else:
-                self.found.left_out += [(load, setting) for load in working]
+                self.found.left_out |= {(load, setting): None for load in working}
         return measured
 
     def _bases(self, loads: Iterable[int]) -> list[tuple[Setting, list[int]]]:
@@ -206,7 +211,7 @@ class Search:
 
     def _not_tried(self, load: int, settings: Sequence[Setting]) -> None:
         """Note that the time is up before any of them was tried."""
-        self.found.left_out += [(load, setting) for setting in settings]
+        self.found.left_out |= {(load, setting): None for setting in settings}
         if not settings:
             return
         blocks = len(settings) + 2 * verdicts.MOST
