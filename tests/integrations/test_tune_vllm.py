@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,6 +30,7 @@ class FakeProcess:
     """A fake of vLLM's process: three tokens are best at batch 1, none at batch 4."""
 
     started: ClassVar[list[dict[str, Any]]] = []  # arguments
+    answered: ClassVar[list[tuple[bool, int, list[str]]]] = []  # is it checked, load, prompts
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         speculative = arguments["speculative_config"]
@@ -43,6 +45,7 @@ class FakeProcess:
         return "0.32.0"
 
     def run(self, prompts: list[str], max_tokens: int, load: int) -> dict[str, Any]:
+        self.answered.append((self.scheduled, load, prompts))
         seconds = 1.0 - 0.1 * self.length if load == 1 else 1.0 + 0.1 * self.length
         if self.scheduled and load == 4:  # nothing is drafted, but the drafter is there
             seconds = 1.02
@@ -68,7 +71,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The fakes in vLLM's place; the arguments that it was asked to resolve."""
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
-    monkeypatch.setattr(FakeProcess, "started", [])
+    for name in ("started", "answered"):
+        monkeypatch.setattr(FakeProcess, name, [])
     monkeypatch.setattr(vllm, "Measured", FakeProcess)
     monkeypatch.setattr(vllm, "find_spec", lambda name: object())
     monkeypatch.setattr(vllm, "resolved", lambda given: calls.append(given) or PIECEWISE)
@@ -134,14 +138,49 @@ def test_where_adaptive_verification_can_run_its_profile_gets_the_context(
 def test_where_nothing_pays_nothing_is_written(
     tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "schedule.json"
+    output = tmp_path / "old.json"  # of an earlier run, and not to be checked as this one's
+    old = {"method": "ngram", "num_speculative_tokens": 3}
+    old["num_speculative_tokens_per_batch_size"] = [[1, 4, 3]]  # type: ignore[assignment]
+    output.write_text(json.dumps(old))
     words = shlex.split("tune vllm m --lengths 1,3 --batch-sizes 4 --check")
     assert cli.main([*words, "--output", str(output)]) == 0
     shown = capsys.readouterr().out
+    assert "with the schedule:" not in shown
+    assert "checked" not in json.loads((tmp_path / "old.reasons.json").read_text())
+    assert not any(checked for checked, *_ in FakeProcess.answered)
+    output = tmp_path / "schedule.json"
+    assert cli.main([*words, "--output", str(output)]) == 0
     assert "start vLLM without --speculative-config" in shown
     assert "To draft and verify a token costs" in shown
     assert not output.exists()
     assert (tmp_path / "schedule.reasons.json").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError])
+def test_a_check_that_is_broken_off_leaves_the_reasons(
+    error: type[BaseException],
+    tmp_path: Path,
+    asked: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune, "_checked", Mock(side_effect=error("plain vLLM ended")))
+    output = tmp_path / "schedule.json"
+    cli.main([*shlex.split(COMMAND), "--output", str(output)])
+    assert json.loads((tmp_path / "schedule.reasons.json").read_text())["choices"]
+
+
+def test_a_check_asks_other_prompts_than_those_that_chose_the_schedule(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "load_task", lambda task: [f"{task} {n}" for n in range(99)])
+    assert cli.main([*shlex.split(COMMAND), "--output", str(tmp_path / "schedule.json")]) == 0
+    for load in (1, 4):
+        asked_of = [each for each in FakeProcess.answered if each[2] != ["Hello"]]
+        blocks = [(checked, set(of)) for checked, at, of in asked_of if at == load]
+        first = [checked for checked, _ in blocks].index(True)
+        checks = set().union(*(of for checked, of in blocks if checked))
+        assert checks
+        assert not checks & set().union(*(of for _, of in blocks[: first - 1]))
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,14 @@ def main(args: argparse.Namespace) -> int:
         print(line)
     kept = {"smart_decoding": __version__, "engine": engine.name, **engine.about()}
     kept |= report.plain(search.found, choices)
-    if getattr(args, "check", False) and error is None and args.output.exists():
-        kept["checked"] = _checked(args, engine, texts, stop)
-    write_json(args.output.with_suffix(".reasons.json"), kept)
+    reasons = args.output.with_suffix(".reasons.json")
+    write_json(reasons, kept)
+    if isinstance(engine, Vllm) and args.check and error is None:
+        scheduled = engine.with_schedule()
+        if scheduled is not None:
+            prompts = Prompts(texts, search.found.judged.end)
+            kept["checked"] = _checked(args, scheduled, prompts, stop)
+            write_json(reasons, kept)
     if isinstance(error, KeyboardInterrupt):
         print("smart: interrupted: this is what was known by then", file=sys.stderr)
         return INTERRUPTED
@@ -258,12 +263,10 @@ def _bar(limit: float) -> Iterator[Any]:
 
 
 def _checked(
-    args: argparse.Namespace, engine: Tunable, texts: Sequence[str], stop: float
+    args: argparse.Namespace, scheduled: Vllm, prompts: Prompts, stop: float
 ) -> dict[str, Any]:
     """Print and return, by batch size, how fast vLLM with the schedule is beside plain vLLM."""
-    assert isinstance(engine, Vllm)
-    scheduled = engine.with_schedule(json.loads(args.output.read_text(encoding="utf-8")))
-    search = Search(scheduled, Prompts(texts), Progress(None, {}), stop)
+    search = Search(scheduled, prompts, Progress(None, {}), stop)
     with ending_with_us(), time_limit(stop - time.monotonic()):
         search.run(sorted(set(args.loads)))
     ratios = {}

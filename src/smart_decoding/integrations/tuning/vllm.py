@@ -69,12 +69,15 @@ class Vllm:
         self._resolved = resolved({**arguments, "speculative_config": config})
         self.warnings = schedule.warnings(self._resolved)
         self.adaptive = ""
+        self._written: dict[str, Any] | None = None
 
-    def with_schedule(self, config: Mapping[str, Any]) -> Vllm:
-        """Return this engine with a whole speculative config alone: a drafter costs vLLM time in
-        every step, even where a schedule drafts nothing."""
+    def with_schedule(self) -> Vllm | None:
+        """Return this engine with the speculative config that `write` wrote alone, None if nothing
+        paid: a drafter costs vLLM time in every step, even where a schedule drafts nothing."""
+        if self._written is None:
+            return None
         other = copy.copy(self)
-        other._configs = [dict(config)]
+        other._configs = [self._written]
         return other
 
     def groups(self, loads: Sequence[int]) -> list[tuple[int, ...]]:
@@ -124,6 +127,7 @@ class Vllm:
             )
             return [*said, self.adaptive, end]
         write_json(output, config)
+        self._written = config
         start = f'Start vLLM with --speculative-config "$(cat {output})"'
         return [*said, self.adaptive, f"Written: {output}. {start}"]
 
@@ -164,10 +168,10 @@ def drafting(config: Mapping[str, Any]) -> Setting:
 
 def _length_choice(choice: LoadResult) -> LengthChoice:
     reason = f"batch {choice.load}: plain {choice.rates[0]:.1f} tok/s"
+    end = ", no verdict" if choice.open else ""
     if choice.best is None or not choice.ratio.pairs:
-        return LengthChoice(choice.load, 0, reason)
+        return LengthChoice(choice.load, 0, reason + end)
     length = int(json.loads(choice.best.drafts[1])["num_speculative_tokens"])
     share = f"{100 * choice.accepted:.0f} % accepted"
     reason += f", {length} tokens {interval(choice.ratio)} × ({share})"
-    reason += ", no verdict" if choice.open else ""
-    return LengthChoice(choice.load, length if choice.pays else 0, reason)
+    return LengthChoice(choice.load, length if choice.pays else 0, reason + end)
