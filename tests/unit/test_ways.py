@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -17,7 +19,7 @@ from smart_decoding.kernels import library, ops
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.profiling import ways
-from smart_decoding.profiling.cache import told
+from smart_decoding.profiling.cache import BUSY_LASTS, told
 from smart_decoding.profiling.ways import ROWS, Way, choose, fastest, measure, sample
 from smart_decoding.speculation import stored_prior
 
@@ -26,6 +28,8 @@ from .test_loading import write_gguf
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
 
+COUNT = torch.get_num_threads()
+THREADS = f"{COUNT} thread{'' if COUNT == 1 else 's'}"
 EXACT, ROUNDED = Way("amx", "exact"), Way("amx", "int8")
 BY_VECTORS = Way("avx512-bf16", "int8")
 
@@ -64,14 +68,17 @@ def test_one_request_on_a_xeon_has_8_bits_whatever_its_instruction_set_is_called
     choice = fastest(XEON, 1, prior())
     assert choice.way == ROUNDED
     assert choice.reason == (
-        "8 bits on amx, predicted for one request to be 1.51 times as fast as exact on amx"
+        f"8 bits on amx, predicted for one request on {THREADS} "
+        "to be 1.51 times as fast as exact on amx"
     )
 
 
 def test_a_full_queue_on_a_xeon_has_tiles() -> None:
     choice = fastest(XEON, 32, prior())
     assert choice.way == EXACT
-    assert choice.reason.startswith("exact on amx, predicted for 32 requests to be 1.")
+    assert choice.reason.startswith(
+        f"exact on amx, predicted for 32 requests on {THREADS} to be 1."
+    )
 
 
 def test_no_name_decides() -> None:
@@ -163,7 +170,7 @@ def test_every_way_is_timed_for_all_rows_in_turn(tmp_path: Path) -> None:
     mine = library.best()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "multiply", slow)
-        found = measure(checkpoint, [Way(mine, "exact"), Way(mine, "int8")], lambda: now)
+        found, _ = measure(checkpoint, [Way(mine, "exact"), Way(mine, "int8")], lambda: now)
     shapes = checkpoint.config.expected_shapes()
     whole = sum(prod(s) for name, s in shapes.items() if len(s) == 2 and "embed" not in name)
     for rows in ROWS:
@@ -186,7 +193,7 @@ def test_a_row_of_a_mixture_reads_its_experts_only(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "multiply", bytes_only)
-        found = measure(checkpoint, [Way(library.best(), "exact")], lambda: now)
+        found, _ = measure(checkpoint, [Way(library.best(), "exact")], lambda: now)
     sizes = {True: 0.0, False: 0.0}
     for part in sample(checkpoint):
         sizes[part.is_expert] += part.times * prod(part.matrix.shape)
@@ -227,7 +234,7 @@ def test_the_fastest_variant_runs_and_a_later_start_measures_nothing(
 
     def measured(checkpoint: Checkpoint, ways: list[Way]) -> Any:
         calls.append(ways)
-        return faked
+        return faked, False
 
     monkeypatch.setattr(ways, "measure", measured)
     choice = choose(checkpoint, "auto", 1, {})
@@ -240,12 +247,42 @@ def test_the_fastest_variant_runs_and_a_later_start_measures_nothing(
     assert choose(checkpoint, "auto", 32, {}).way.activations == "exact"
     assert len(calls) == 1
     (reasons,) = told().values()
-    assert list(reasons) == ["1", "32"]
-    assert reasons["1"] == choice.reason
+    threads = torch.get_num_threads()
+    keys = [f"{size} with {threads} threads" for size in (1, 32)]
+    assert list(reasons) == keys
+    assert reasons[keys[0]] == choice.reason
     monkeypatch.setattr(library, "_running", library._Running())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     choose(checkpoint, "auto", 1, {})
     assert len(calls) == 2  # other threads have other costs
+    assert list(told().popitem()[1]) == [*keys, "1 with 77 threads"]  # each says whose it is
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_seconds_measured_beside_other_work_count_for_an_hour(
+    busy: bool, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, calls = tiny(tmp_path), itertools.count()
+    counts = itertools.count(0, int(busy))  # of interruptions, one more at each look
+    monkeypatch.setattr(ways, "preemptions", lambda: next(counts))
+    real = measure
+    monkeypatch.setattr(ways, "measure", lambda *given: next(calls) < 9 and real(*given))
+
+    def starts(size: int) -> int:
+        monkeypatch.setattr(library, "_running", library._Running())
+        choose(checkpoint, "auto", size, {})
+        return int(repr(calls)[6:-1])  # so many measurements until now
+
+    assert starts(1) == 1
+    (path,) = (own_cache / "profiles").iterdir()
+    late = path.stat().st_mtime - BUSY_LASTS + 60
+    os.utime(path, (late, late))
+    assert starts(8) == 1  # which does not give it another hour
+    late -= 120
+    if busy:
+        assert path.stat().st_mtime == pytest.approx(late + 120)
+    os.utime(path, (late, late))
+    assert starts(1) == 1 + busy
 
 
 def test_a_kept_choice_that_is_damaged_is_measured_again(
@@ -264,7 +301,8 @@ def test_options_and_smart_isa_fix_it(
     two_variants: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny(tmp_path)
-    monkeypatch.setattr(ways, "measure", lambda checkpoint, ways: dict.fromkeys(ways, XEON[EXACT]))
+    faked = lambda _, ways: (dict.fromkeys(ways, XEON[EXACT]), False)  # noqa: E731
+    monkeypatch.setattr(ways, "measure", faked)
     first, second = two_variants
     for activations in ("exact", "int8"):
         choice = choose(checkpoint, activations, 1, {})
@@ -301,7 +339,7 @@ def test_an_engine_answers_as_one_whose_options_name_the_choice(
 
     def faked(checkpoint: Checkpoint, ways: list[Way]) -> Any:
         slow, fast = XEON[EXACT], XEON[ROUNDED]
-        return {way: fast if way == (second, "int8") else slow for way in ways}
+        return {way: fast if way == (second, "int8") else slow for way in ways}, False
 
     monkeypatch.setattr(ways, "measure", faked)
     auto = answer(speculative_config={"method": "ngram"})

@@ -99,8 +99,8 @@ def save(path: Path, cost: Mapping[str, Any], model: str, busy: bool = False) ->
 
 
 def told() -> dict[str, dict[str, str]]:
-    """Return what was chosen by measurements (ways.py) and why: by model and number of requests,
-    the latest."""
+    """Return what was chosen by measurements (ways.py) and why: by model, requests and threads, the
+    latest."""
     found: dict[str, dict[str, str]] = {}
     paths = (cache_dir() / "profiles").glob("*.json")
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):

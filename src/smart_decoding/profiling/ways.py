@@ -2,8 +2,9 @@
 to 8 bits.
 
 Where the options leave several ways, a sample of the model's matrices is multiplied in each, in
-less than a second, before any weights are packed. The way with which `smart` is predicted to be
-fastest runs. The seconds are kept in the cache: another start of the same model chooses the same.
+about a second, before any weights are packed. The way with which `smart` is predicted to be fastest
+runs. The seconds are kept in the cache: another start of the same model chooses the same, but for
+what was measured beside other work, which counts for an hour.
 No option of drafting matters to the choice, since the bits of an answer depend on it.
 """
 
@@ -27,10 +28,12 @@ from smart_decoding.core.calibration import HORIZON, KINDS
 from smart_decoding.core.costs import LEVEL, CostModel, ExpertCosts
 from smart_decoding.core.policies.smart import Shape, Smart
 from smart_decoding.kernels import library, ops
+from smart_decoding.kernels.limits import preemptions
 from smart_decoding.kernels.weights import ALWAYS, NEVER, Arena, pack
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.torch.layers import converted
 from smart_decoding.profiling.cache import load, path_of, save
+from smart_decoding.profiling.measure import BUSY
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.profile")
 
-VERSION = 1  # raise when products change in a way that builds of the kernels do not show
+VERSION = 2  # raise when products change in a way that builds of the kernels do not show
 ROWS = (1, 4, 8, 32)  # that are timed
 GAIN = 1.05  # a later way must be so much faster: the first ones are more exact
 WEIGHTS = 48 << 20  # of a sample: more bytes than caches hold, all ways together
@@ -81,25 +84,31 @@ def choose(
     if len(ways) == 1:
         return ChosenWay(ways[0])
     path = _path(checkpoint.provenance, ways)
-    known = load(path, partial(Known.of, ways)) or Known(measure(checkpoint, ways), {})
+    kept = load(path, partial(Known.of, ways))
+    known = kept or Known(*measure(checkpoint, ways), {})
     choice = fastest(known.seconds, size, prior)
-    if known.told.get(str(size)) != choice.reason:
-        known.told[str(size)] = choice.reason
-        save(path, known.to_dict(), checkpoint.provenance["model"])
+    key = f"{size} with {torch.get_num_threads()} threads"
+    # To save it again would give what was measured beside other work another hour.
+    if known.told.get(key) != choice.reason and not (kept and kept.busy):
+        known.told[key] = choice.reason
+        save(path, known.to_dict(), checkpoint.provenance["model"], known.busy)
     library.settle(choice.way.variant)
     return choice
 
 
 class Known(NamedTuple):
-    """What is kept of a model: the seconds, and the reasons of choices by number of requests."""
+    """What is kept of a model: the seconds, whether other processes ran beside, and the reasons of
+    choices by numbers of requests and threads."""
 
     seconds: Mapping[Way, Seconds]
+    busy: bool
     told: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {
             "seconds": {str(way): each for way, each in self.seconds.items()},
+            "busy": self.busy,
             "told": self.told,
         }
 
@@ -108,7 +117,7 @@ class Known(NamedTuple):
         """Return what `to_dict` made. Raises KeyError, TypeError or ValueError for anything
         else."""
         seconds = {way: _by_rows(stored["seconds"][str(way)]) for way in ways}
-        return cls(seconds, dict(stored["told"]))
+        return cls(seconds, bool(stored["busy"]), dict(stored["told"]))
 
 
 def _ways(activations: str) -> list[Way]:
@@ -146,7 +155,9 @@ def fastest(seconds: Mapping[Way, Seconds], size: int, prior: Mapping[str, Any])
     gains = {way: rates[best] / rates[way] for way in rates if way != best}
     others = ", ".join(f"{gain:.2f} times as fast as {way}" for way, gain in gains.items())
     requests = "one request" if size == 1 else f"{size} requests"
-    return ChosenWay(best, f"{best}, predicted for {requests} to be {others}")
+    threads = torch.get_num_threads()
+    on = f"{requests} on {threads} thread{'' if threads == 1 else 's'}"
+    return ChosenWay(best, f"{best}, predicted for {on} to be {others}")
 
 
 def predicted_rate(seconds: Seconds, levels: Seconds, size: int, prior: Mapping[str, Any]) -> float:
@@ -174,9 +185,9 @@ def measure(
     checkpoint: Checkpoint,
     ways: Sequence[Way],
     clock: Callable[[], float] = time.perf_counter,
-) -> Mapping[Way, Seconds]:
+) -> tuple[Mapping[Way, Seconds], bool]:
     """Return seconds of a forward in each way: of its products with matrices, the fastest of
-    several turns.
+    several turns. Return also whether other processes took a core most of the time.
 
     The ways take turns, so that a slow moment meets all of them, and each one's matrices have left
     the caches."""
@@ -186,13 +197,17 @@ def measure(
     packed = {way: Packed(way, parts, experts) for way in ways}
     found: dict[Way, dict[int, float]] = {way: dict.fromkeys(ROWS, inf) for way in ways}
     end = clock() + SECONDS
+    timed = interrupted = 0
     for turn in itertools.count():
         if turn == MOST_TURNS or (turn >= TURNS and clock() > end):
             break
         for rows, way in itertools.product(ROWS, ways):
+            before = preemptions()
             found[way][rows] = min(found[way][rows], packed[way].seconds(rows, clock))
+            interrupted += preemptions() > before
+            timed += 1
     log.info("quants were multiplied in %d ways: %s", len(ways), found)
-    return found
+    return found, interrupted > BUSY * timed
 
 
 def sample(checkpoint: Checkpoint) -> Iterator[SampledMatrix]:
