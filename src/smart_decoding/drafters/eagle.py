@@ -178,6 +178,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def _advance(self, request: Request, state: Pairs) -> None:
         first = state.length // PAGE
+        state.parts = []
         super()._advance(request, state)
         for page in range(first, state.length // PAGE):
             self._next[request.table.pages[page]] = request.tokens[(page + 1) * PAGE]
@@ -198,9 +199,8 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
 
 def _parts(states: Sequence[Pairs]) -> list[Any]:
-    """Take out the features of all waiting pairs, to run them."""
+    """Return the features of all waiting pairs. They wait until they have run: drafts may fail."""
     parts: list[Any] = []
     for state in states:
         parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts
-        state.parts = []
     return parts

@@ -369,7 +369,7 @@ class LevelDrafter(ABC, Generic[S]):
     ) -> LevelRequest:
         """Return the request for children of rows with these owners and depths (a root's is 0)."""
         k = min(rule.children, self.widest)
-        temperatures = [r.params.temperature for r in requests]
+        temperatures = [r.params.drawing_temperature for r in requests]
         if not any(temperatures):
             return LevelRequest(k, np.zeros(len(owners)))
         temperature = np.array([temperatures[i] for i in owners], np.float64)

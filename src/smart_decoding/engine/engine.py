@@ -38,6 +38,7 @@ __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 # Positions between copies of an answer's recurrent state. A copy takes milliseconds; what lies
 # behind it is computed again in the next turn.
 BETWEEN_COPIES = 64
+MOST_FAILURES = 3  # drafts in a row that raise, after which nothing is drafted any more
 
 
 @dataclass(slots=True)
@@ -103,6 +104,7 @@ class Engine:
         self._at_rest = 0  # rounds since then, those with prompts apart
         self._lost_seconds = 0.0  # of dropped drafts
         self._reported: set[str] = set()  # parts of speculation that have raised
+        self._failures = 0  # drafts in a row that have raised
         # Requests whose drafts were dropped. Their next round is plain, so that it never
         # waits for two drafts, and the drafter, which has read their last tokens, gets new ones.
         self._dropped: set[Request] = set()
@@ -191,7 +193,9 @@ class Engine:
         started += self._encode_images(batch)  # no part of a round's cost
         self._begin_states(batch)
         state = self._state(batch)
+        lost = self._lost_seconds
         draft = self._draft(batch, state, lambda: self.scheduler.can_begin(arrived()))
+        started += self._lost_seconds - lost
         if draft.interrupted:
             self._dropped.update(batch.decode)
             self._lost_seconds += self._clock() - started
@@ -302,6 +306,8 @@ class Engine:
         drafter = self.drafter
         if batch.prefill or not batch.decode or drafter is None:
             return plain
+        if self._failures == MOST_FAILURES:
+            return plain
         if not self._dropped.isdisjoint(batch.decode):
             return plain
         with self._reporting("plan()"):
@@ -310,8 +316,17 @@ class Engine:
                 kind = type(rule).__name__
                 raise ConfigError(f"plan() of a policy must return a TreeRule or None, not {kind}")
             if rule is not None:
+                started = self._clock()
                 with self._reporting("draft()"):
-                    return drafter.draft(batch.decode, rule, interrupted)
+                    draft = drafter.draft(batch.decode, rule, interrupted)
+                    self._failures = 0
+                    return draft
+                self._lost_seconds += self._clock() - started
+                self._failures += 1
+                if self._failures == MOST_FAILURES:
+                    log.error(
+                        "%d drafts in a row raised: decoding is plain from now on", MOST_FAILURES
+                    )
         return plain
 
     @contextmanager
@@ -402,7 +417,7 @@ def _traits(
 ) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None, list[int]]:
     """Return the fields of BatchState that last as long as the batch: temperature, may_speculate,
     pictures, constrained and requests."""
-    temperature = np.array([0.0 if r.params.greedy else r.params.temperature for r in requests])
+    temperature = np.array([r.params.drawing_temperature for r in requests])
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
     constrained = np.array([r.constraint is not None for r in requests], np.bool_)

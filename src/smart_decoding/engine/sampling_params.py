@@ -259,6 +259,11 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def drawing_temperature(self) -> float:
+        """The temperature that tokens are drawn at: 0 if greedy."""
+        return 0.0 if self.greedy else self.temperature
+
+    @property
     def needs_history(self) -> bool:
         """Whether a penalty makes the scores depend on the tokens so far."""
         return (

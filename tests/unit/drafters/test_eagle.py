@@ -147,6 +147,33 @@ def test_rows_that_wait_do_not_keep_whole_rounds_alive(
         assert values == [float(position) for position in range(20)]
 
 
+def test_a_draft_that_fails_leaves_the_features_to_the_next_one(
+    weights: dict[str, torch.Tensor], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(CONFIG, weights, torch.float32, torch.device("cpu"), PAGES, 128, False)
+    head = EagleHead(load_head(folder, CONFIG), decoder, PAGES, SCRATCH, 128)
+    drafter = EagleDrafter(head, PAGES, SCRATCH)
+    params = SamplingParams(temperature=9e-6)
+    tokens = list(range(30))
+    table = BlockTable(PagePool(PAGES))
+    table.reserve(40)
+    request = Request("r", tokens, params, 0, table, StopChecker(params, lambda ids: ""))
+    features = torch.randn(29, len(TAPS) * CONFIG.hidden)
+    table.length = 29
+    drafter.extend(request, features, 0, tokens[:29])
+    rule = TreeRule(1, 4, np.array([9]), NO_NODES, Beam(2), KeepBest(4))
+    with monkeypatch.context() as patched:
+        patched.setattr(head.levels, "first", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            drafter.first_level([request], rule)
+    again = drafter.first_level([request], rule)
+    assert drafter._states[id(request)].parts == []
+    request.params = SamplingParams(temperature=0.0)  # nearly 0 is greedy, for drafts, too
+    other = EagleDrafter(head, PAGES, SCRATCH)
+    other.extend(request, features, 0, tokens[:29])
+    assert np.array_equal(again.draft_prob, other.first_level([request], rule).draft_prob)
+
+
 def _held(part: object) -> int:
     """Bytes that it keeps alive."""
     if isinstance(part, torch.Tensor):

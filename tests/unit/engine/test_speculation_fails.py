@@ -11,8 +11,9 @@ import pytest
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
+from smart_decoding.engine.sampling_params import SamplingParams
 
-from .fakes import alone, finish, make_engine, random_requests
+from .fakes import FakeDrafter, alone, finish, make_engine, random_requests
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import BatchState, Round
@@ -68,7 +69,7 @@ def answers_stay(policy: Policy, caplog: pytest.LogCaptureFixture) -> list[str]:
     finish(engine)
     for prompt, params, made in requests:
         assert [r.output for r in made] == [r.output for r in alone(prompt, params)]
-    return [record.getMessage() + str(record.exc_info[1]) for record in caplog.records]
+    return [r.getMessage() + str(r.exc_info and r.exc_info[1]) for r in caplog.records]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,23 @@ def test_what_a_policy_raises_is_logged_once(
     assert says in line
 
 
+def test_after_three_drafts_in_a_row_that_raise_all_rounds_are_plain(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts = []
+    monkeypatch.setattr(FakeDrafter, "draft", lambda *_: drafts.append(1) or 1 / 0)
+    caplog.set_level(logging.ERROR, "smart.engine")
+    engine = make_engine("smart", drafter={})
+    engine.policy = policy = Policy()
+    prompt, params = [1, 2], SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    made = engine.add_request("a", prompt, params)
+    finish(engine)
+    assert [r.output for r in made] == [r.output for r in alone(prompt, params)]
+    assert len(drafts) == 3
+    assert "plain from now on" in caplog.text
+    assert all(round.rule is None for round in policy.observed)
+
+
 @pytest.mark.parametrize(
     ("found", "says"),
     [
@@ -103,7 +121,8 @@ def test_a_set_of_nodes_that_is_none_makes_a_plain_round(
     part: str, found: Any, says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = Policy(**{part: Returns(found)})
-    (line,) = answers_stay(policy, caplog)
+    line, last = answers_stay(policy, caplog)
+    assert "plain from now on" in last
     assert line.startswith("draft() raised")
     assert says in line
     assert not any(len(round.trees) for round in policy.observed)
@@ -117,5 +136,5 @@ def test_a_set_without_a_parent_makes_a_plain_round(caplog: pytest.LogCaptureFix
             return np.flatnonzero(trees.depth == trees.depth.max())
 
     policy = Policy(keep=Deepest(None))
-    (line,) = answers_stay(policy, caplog)
+    line, _ = answers_stay(policy, caplog)
     assert "without its parent" in line
