@@ -608,6 +608,8 @@ class Overhead:
         """Return the seconds for a batch of `size` requests: its bucket's, or the nearest known
         bucket's."""
         bucket = size_bucket(size)
+        if (bucket, drafts) in self._means:
+            return self._means[bucket, drafts].mean
         known = [key for key in self._means if key[1] == drafts]
         if known:
             return self._means[min(known, key=lambda key: abs(key[0] - bucket))].mean

@@ -65,8 +65,7 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
         }
         line.update({name: record.__dict__[name] for name in _EXTRA if name in record.__dict__})
-        if record.exc_info:
-            assert record.exc_info[1] is not None
+        if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = traced(record.exc_info[1])
         return _harmless(json.dumps(line, ensure_ascii=False))
 
@@ -87,6 +86,8 @@ class Lines(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Return the traceback, indented."""
+        if ei[1] is None:  # logged outside of an except
+            return ""
         return "\n".join(f"  {_harmless(line)}" for line in traced(ei[1]).split("\n"))
 
 

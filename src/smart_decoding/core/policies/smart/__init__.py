@@ -238,9 +238,15 @@ class Smart:
             predicted = choice.predicted_seconds(round)
         elif round.batch.prefill_rows:
             predicted = self._with_prompts(round)
+        explored = choice is not None and choice.explores
         lost = self._choice if round.lost_seconds else None  # planned the draft that was dropped
         if lost is not None and lost.mode is Mode.MODEL:
-            state.with_model.observe(size, 0.0, lost.forecast_rate * round.lost_seconds)
+            # What was caught up with is kept.
+            seconds = max(0.0, round.lost_seconds - lost.prediction.unshared)
+            state.with_model.lose(size, lost.forecast_rate * seconds)
+            if lost.explores and not explored:
+                state.exploration.observe(size, round.lost_seconds, plain or round.lost_seconds)
+                explored = True
         later = choice.unshared(round) if choice else 0.0
         lasted = 1.0 if round.rule is None else (predicted - later) / plain
         changed = learn(state, round, lasted, later / plain)
@@ -253,7 +259,7 @@ class Smart:
                 learn_plain(state)
                 learn_acceptance(state)
                 changed = True
-        elif not round.batch.prefill_rows:
+        elif not explored and not round.batch.prefill_rows:
             state.exploration.observe_best(size)
         if changed:
             self._predictions.clear()
@@ -272,9 +278,8 @@ class Smart:
         if choice is not None:
             return choice.prediction.plain
         size, seconds = self._plain
-        return (
-            seconds if size == round.batch.size and not round.batch.prefill_rows else round.seconds
-        )
+        known = size == round.batch.size and not round.batch.prefill_rows
+        return seconds if known else round.seconds - round.lost_seconds
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
@@ -288,8 +293,7 @@ class Smart:
 
 def _counted(round: Round, choice: Choice) -> float:
     """Return the seconds of a drafting round that its rate is judged by: the real ones, without
-    what the model caught up with for later rounds. A stall doubles a round, a time that is no
-    number halves it."""
+    what the model caught up with for later rounds. A stall at most doubles a round."""
     predicted = choice.predicted_seconds(round)
-    ratio = min(max(0.5, round.seconds / predicted), 2.0)
+    ratio = min(max(0.5, round.seconds / predicted), 2.0) if math.isfinite(round.seconds) else 1.0
     return (predicted - choice.unshared(round)) * ratio

@@ -89,7 +89,9 @@ class Credit:
         self._later -= self._later / HORIZON
         known = self._known
         for request, had, hoped in zip(requests, tokens, expected, strict=False):
-            account = known.setdefault(request, RequestCredit())
+            account = known.get(request)
+            if account is None:
+                account = known[request] = RequestCredit()
             account.observe(had, hoped, plain_rounds, self.slowdown)
         if len(known) > HORIZON * HORIZON:  # most of them have ended
             self._known = {request: known[request] for request in requests}

@@ -39,6 +39,7 @@ class Realised:
         self.unsure = unsure
         self._tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
         self._forecast: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._lost: defaultdict[int, float] = defaultdict(float)
 
     def of(self, size: int) -> float:
         """Return the ratio for batches of about this size. The forecast counts as one round: so one
@@ -53,7 +54,12 @@ class Realised:
         """After a round that brings so many tokens, in place of those forecast."""
         bucket = size_bucket(size)
         self._tokens[bucket].observe(tokens)
-        self._forecast[bucket].observe(forecast)
+        self._forecast[bucket].observe(forecast + self._lost.pop(bucket, 0.0))
+
+    def lose(self, size: int, forecast: float) -> None:
+        """Charge the next round with tokens forecast for a draft that was dropped. It is no round
+        of its own: the first one would halve the ratio, however short."""
+        self._lost[size_bucket(size)] += forecast
 
 
 # --- times ----------------------------------------------------------------------------------------
