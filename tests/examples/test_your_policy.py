@@ -53,9 +53,11 @@ def test_the_policy_of_the_page_drafts_and_changes_no_answer(
         return LLM(folder, speculative_config=drafts, max_model_len=1024)
 
     monkeypatch.setattr(smart_decoding, "LLM", tiny, raising=False)
+    (tmp_path / "narrow.py").write_text(BLOCKS[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, Any] = {}
-    for code in BLOCKS:
-        exec(compile(code, str(PAGE), "exec"), names)
+    (use,) = BLOCKS[1:]
+    exec(compile(use, str(PAGE), "exec"), names)
     assert capsys.readouterr().out
     llm = names["llm"]
     assert llm.policy.name == "narrow"

@@ -278,6 +278,14 @@ def test_what_does_not_fit_is_named(
         load_head(write(tmp_path, config, tensors), target_config())
 
 
+def test_numbers_that_are_not_finite_are_refused_in_a_pickle_too(tmp_path: Path) -> None:
+    name = next(iter(TENSORS))
+    broken = {**TENSORS, name: torch.full_like(TENSORS[name], torch.nan)}
+    write(tmp_path, EAGLE3, broken, pickled=True)
+    with pytest.raises(ModelError, match=f"tensor {name} holds numbers that are not finite"):
+        load_head(tmp_path, target_config(), trust_pickle=True)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("harm-was-done"),))

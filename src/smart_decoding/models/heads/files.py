@@ -265,12 +265,16 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
     if not files and pickled.is_file():
         if not trust_pickle:
             raise ModelError(f"{pickled} is a pickle, and pickles are refused: {TRUST}")
-        return unpickle(pickled)
-    tensors: dict[str, Tensor] = {}
+        tensors = unpickle(pickled)
+        with reading(pickled):
+            _refuse_not_finite(tensors)
+        return tensors
+    tensors = {}
     for path in files or [folder / "model.safetensors"]:
         with reading(path):
-            tensors |= load_file(path)
-            _refuse_not_finite(tensors)
+            found = load_file(path)
+            _refuse_not_finite(found)
+            tensors |= found
     return tensors
 
 
