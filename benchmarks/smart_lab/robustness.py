@@ -275,7 +275,7 @@ class Believed(Statistics):
         self._size = size
         self._plain = self._real = 0.0
 
-    def record(self, round: Round, predicted_seconds: float, plain_seconds: float) -> None:
+    def record(self, round: Round, predicted_seconds: float | None, plain_seconds: float) -> None:
         """Count a round."""
         super().record(round, predicted_seconds, plain_seconds)
         if round.batch.size == self._size and not round.batch.prefill_rows:

@@ -97,11 +97,11 @@ class Engine:
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        # Seconds behind the last rounds that drafted, and behind the others: of learning, and of
-        # texts and deliveries. Each is charged to the next round of its kind.
-        self._behind = {True: 0.0, False: 0.0}
-        self._drafted = False  # whether the last round did
-        self._at_rest = 0  # rounds since then, those with prompts apart
+        # Seconds behind rounds of each kind, of learning, of texts and of deliveries. The next
+        # round of the kind is charged with them.
+        self._behind = {"prompts": 0.0, "drafted": 0.0, "plain": 0.0}
+        self._kind = "plain"  # of the last round
+        self._at_rest = 0  # rounds since drafts, those with prompts apart
         self._lost_seconds = 0.0  # of dropped drafts
         self._reported: set[str] = set()  # parts of speculation that have raised
         self._failures = 0  # drafts in a row that have raised
@@ -209,6 +209,8 @@ class Engine:
         self._hand_over(batch, verified)
         self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
         done = _round(batch, state, draft, verified)
+        drafted = done.rule is not None
+        self._kind = "prompts" if batch.prefill else "drafted" if drafted else "plain"
         if batch.decode:
             self._observe(done, self._clock() - started - verified.forward_seconds - draft.seconds)
         seconds = self._clock() - started
@@ -216,14 +218,13 @@ class Engine:
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
-        self._drafted = done.rule is not None
         if not batch.prefill:  # rounds with prompts never draft
-            self._at_rest = 0 if self._drafted else self._at_rest + 1
+            self._at_rest = 0 if drafted else self._at_rest + 1
         return verified.requests
 
     def charge(self, seconds: float) -> None:
         """Charge the time that the last round's texts and deliveries took to its kind of rounds."""
-        self._behind[self._drafted] += seconds
+        self._behind[self._kind] += seconds
 
     def _aux_layers(self, batch: Batch) -> tuple[int, ...]:
         """Return the layers whose states the drafter gets."""
@@ -383,13 +384,13 @@ class Engine:
     def _observe(self, done: Round, other_seconds: float) -> None:
         """Let the policy observe the round."""
         start = self._clock()
-        drafted = done.rule is not None
-        done.other_seconds = other_seconds + self._behind[drafted]
+        kind = self._kind
+        done.other_seconds = other_seconds + self._behind[kind]
         done.lost_seconds = self._lost_seconds
-        self._behind[drafted] = self._lost_seconds = 0.0
+        self._behind[kind] = self._lost_seconds = 0.0
         with self._reporting("observe()"):
             self.policy.observe(done)
-        self._behind[drafted] += self._clock() - start
+        self._behind[kind] += self._clock() - start
 
     def _forget(self, requests: Sequence[Request]) -> None:
         self._dropped.difference_update(requests)

@@ -126,6 +126,16 @@ def test_a_dropped_draft_counts_against_the_model() -> None:
     assert before / 2 < policy.state.with_model.of(1) < before
 
 
+def test_a_round_that_nothing_predicted_is_no_figure_of_predictions() -> None:
+    """Its own seconds in place of predicted ones would say that all is well."""
+    policy = make_policy("smart", cost=FLAT)
+    policy.observe(undrafted(batch_of(8), 22.0))
+    assert "plain_predicted_seconds" not in policy.stats()
+    policy.plan(batch_of(4))
+    policy.observe(undrafted(batch_of(8), 22.0))
+    assert "plain_predicted_seconds" not in policy.stats()
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_books_agree_with_what_happened(size: int) -> None:
     """A world 1.3 times as slow as its table, in which each level takes twice as long."""

@@ -78,6 +78,16 @@ def test_texts_and_deliveries_are_charged_to_the_kind_of_round_that_took_them() 
     assert [round.other_seconds for round in plain] == pytest.approx([0.0] * len(plain))
 
 
+def test_delivering_first_tokens_is_no_part_of_plain_rounds() -> None:
+    policy = Alternating()
+    engine = engine_of(policy)  # the prompt's round is over
+    engine.charge(5.0)
+    engine.step()
+    engine.step()
+    assert {round.rule is None for round in policy.rounds} == {True, False}
+    assert max(round.other_seconds for round in policy.rounds) < 5.0
+
+
 def test_drawing_is_no_part_of_the_forwards_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With masks and penalties it takes long, and says nothing of the model."""
     policy = Alternating()

@@ -28,9 +28,9 @@ class Statistics:
         self.kinds = {kind: [0.0] * len(SUMS) for kind in KINDS}
         self._rounds = [0.0] * len(FIGURES)
 
-    def record(self, round: Round, predicted_seconds: float, plain_seconds: float) -> None:
-        """Count a round. predicted_seconds: of the round; plain_seconds: of a plain round in its
-        place."""
+    def record(self, round: Round, predicted_seconds: float | None, plain_seconds: float) -> None:
+        """Count a round. predicted_seconds: of the round, or None if nothing predicted it;
+        plain_seconds: of a plain round in its place."""
         size = round.batch.size
         accepted = round.accepted
         seconds = round.seconds
@@ -40,9 +40,10 @@ class Statistics:
         plain = (plain_seconds * rounds, seconds * rounds)
         figures = (1.0, round.rule is None, seconds, *plain, accepted, round.expected)
         self._rounds = _faded(self._rounds, figures)
-        kind = kind_of(round)
-        sums = (predicted_seconds, seconds, size + round.expected, tokens)
-        self.kinds[kind] = _faded(self.kinds[kind], sums)
+        if predicted_seconds is not None:
+            kind = kind_of(round)
+            sums = (predicted_seconds, seconds, size + round.expected, tokens)
+            self.kinds[kind] = _faded(self.kinds[kind], sums)
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:

@@ -232,8 +232,9 @@ class Smart:
     def _learn(self, round: Round, choice: Choice | None) -> None:
         state = self.state
         size = round.batch.size
-        plain = self._plain_seconds(round, choice)
-        predicted = plain
+        known = self._plain_seconds(round, choice)
+        plain = round.seconds - round.lost_seconds if known is None else known
+        predicted = known
         if choice is not None:
             predicted = choice.predicted_seconds(round)
         elif round.batch.prefill_rows:
@@ -248,8 +249,8 @@ class Smart:
                 state.exploration.observe(size, round.lost_seconds, plain or round.lost_seconds)
                 explored = True
         later = choice.unshared(round) if choice else 0.0
-        lasted = 1.0 if round.rule is None else (predicted - later) / plain
-        changed = learn(state, round, lasted, later / plain)
+        lasted = 1.0 if round.rule is None or predicted is None else (predicted - later) / plain
+        changed = learn(state, round, lasted, later / plain if later else 0.0)
         if choice is not None and round.rule is not None:
             state.realised(choice.mode).observe(
                 size, size + round.expected, choice.forecast_rate * _counted(round, choice)
@@ -272,14 +273,13 @@ class Smart:
         forward = self.state.cost.verify_seconds(batch.size, round.verify_rows, batch.mean_context)
         return self.state.overhead.of(batch.size, False) + float(forward)
 
-    def _plain_seconds(self, round: Round, choice: Choice | None) -> float:
-        """Return the predicted seconds of a plain round in place of this one; of a round with
-        prompts its own, which plain decoding has, too."""
+    def _plain_seconds(self, round: Round, choice: Choice | None) -> float | None:
+        """Return the predicted seconds of a plain round in place of this one. None if none were
+        predicted: plain decoding has such a round, too, as one with prompts."""
         if choice is not None:
             return choice.prediction.plain
         size, seconds = self._plain
-        known = size == round.batch.size and not round.batch.prefill_rows
-        return seconds if known else round.seconds - round.lost_seconds
+        return seconds if size == round.batch.size and not round.batch.prefill_rows else None
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
