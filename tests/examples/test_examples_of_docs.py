@@ -124,7 +124,7 @@ def running(folder: Path) -> Iterator[Running]:
 
 @with_blocks("python")
 def test_python_runs(
-    page: Path, folder: Path, running: Running, monkeypatch: pytest.MonkeyPatch
+    page: Path, folder: Path, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     options = {field.name for field in dataclasses.fields(EngineArgs)}
 
@@ -135,6 +135,10 @@ def test_python_runs(
             drafts |= speculative_config
         return LLM(folder, speculative_config=drafts, max_model_len=1024)
 
+    if page.stem == "your-policy":  # its first block is a file
+        (tmp_path / "narrow.py").write_text(blocks(page, "python")[0], encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "narrow", raising=False)
     monkeypatch.setattr(smart_decoding, "LLM", tiny, raising=False)
     monkeypatch.setattr(smart_decoding, "AsyncLLM", lambda m: AsyncLLM(tiny(m)), raising=False)
     names: dict[str, Any] = {"__name__": "example"}

@@ -55,6 +55,7 @@ def test_the_policy_of_the_page_drafts_and_changes_no_answer(
     monkeypatch.setattr(smart_decoding, "LLM", tiny, raising=False)
     (tmp_path / "narrow.py").write_text(BLOCKS[0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "narrow", raising=False)
     names: dict[str, Any] = {}
     (use,) = BLOCKS[1:]
     exec(compile(use, str(PAGE), "exec"), names)
