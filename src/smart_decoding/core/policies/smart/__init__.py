@@ -246,7 +246,7 @@ class Smart:
             seconds = max(0.0, round.lost_seconds - lost.prediction.unshared)
             state.with_model.lose(size, lost.forecast_rate * seconds)
             if lost.explores and not explored:
-                state.exploration.observe(size, round.lost_seconds, plain or round.lost_seconds)
+                state.exploration.observe(size, round.lost_seconds, plain)
                 explored = True
         later = choice.unshared(round) if choice else 0.0
         lasted = 1.0 if round.rule is None or predicted is None else (predicted - later) / plain
