@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +19,16 @@ from scripted import FakeLLM
 def no_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ollama has no models here, whatever this machine's has."""
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "no-ollama"))
+
+
+@pytest.fixture(autouse=True)
+def steps_of_a_terminal() -> Iterator[None]:
+    """What a command shows on a terminal is shown to no other test."""
+    logger = logging.getLogger("smart.memory")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture

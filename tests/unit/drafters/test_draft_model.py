@@ -577,7 +577,7 @@ def test_a_cached_sibling_drafts_unless_something_else_is_requested(
     draft = sibling(WORDS)
     with caplog.at_level("INFO", "smart.speculation"):
         assert drafted_by(target_folder, None) == f"union of draft model {draft} + ngram"
-    (record,) = caplog.records
+    (record,) = (each for each in caplog.records if each.name == "smart.speculation")
     assert record.getMessage() == f"{draft} drafts for {target_folder}: it is in the cache"
     assert (
         drafted_by(target_folder, {"policy": "eagle2"}) == f"union of draft model {draft} + ngram"
@@ -597,7 +597,7 @@ def test_without_a_sibling_that_fits_n_grams_draft(
     draft = sibling(WORDS[:-1])
     caplog.set_level("INFO", "smart.speculation")
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
-    (record,) = caplog.records
+    (record,) = (each for each in caplog.records if each.name == "smart.speculation")
     assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}: ")
     assert "another vocabulary" in record.getMessage()
     monkeypatch.setattr(speculation, "cached_siblings", lambda *_: [])
