@@ -446,11 +446,18 @@ def test_tokens_behind_the_stop_do_not_count() -> None:
 
 
 def test_an_error_of_a_slot_is_told_at_once() -> None:
-    def fail(_: str) -> busy.Answered:
-        raise ModelError("gone")
+    told = threading.Event()
 
-    with pytest.raises(ModelError, match="gone"):
-        busy.trial(["a", "b", "c"], 2, fail)
+    def fail(prompt: str) -> busy.Answered:
+        if prompt == "long":
+            assert told.wait(60)
+        raise ModelError(prompt)
+
+    try:
+        with pytest.raises(ModelError, match="gone"):
+            busy.trial(["long", "gone", "c"], 2, fail)
+    finally:
+        told.set()
 
 
 def choice(load: int, value: float, low: float, high: float, faster: bool | None) -> LoadResult:

@@ -250,7 +250,7 @@ def test_the_time_limit_ends_a_process_in_the_middle_of_an_answer(
     began = time.monotonic()
     words = shlex.split("tune vllm m --lengths 1 --batch-sizes 4 --time-limit 3")
     assert cli.main([*words, "--output", str(tmp_path / "out.json")]) == 2
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "nothing was measured: the time limit was too short" in capsys.readouterr().err
     with pytest.raises(ProcessLookupError):
         os.kill(int(alive.read_text()), 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,8 @@ def trial(
     slots = min(load, len(prompts))
     threads = ThreadPoolExecutor(slots)
     try:
-        for each in [threads.submit(slot) for _ in range(slots)]:
+        work = [threads.submit(slot) for _ in range(slots)]
+        for each in wait(work, return_when=FIRST_EXCEPTION).done:
             each.result()
     finally:  # broken off, they fail with their server, which the caller ends
         waiting.clear()
