@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.batch import BatchState, Round
-from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
@@ -38,6 +37,9 @@ __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 # Positions between copies of an answer's recurrent state. A copy takes milliseconds; what lies
 # behind it is computed again in the next turn.
 BETWEEN_COPIES = 64
+# Prompts spare the layers that only a draft model reads while it drafts for fewer than RARE of the
+# RECENT tokens' rounds. A closed batch's last answers, which are drafted, are no reason to read them.
+RARE, RECENT = 0.25, 512
 MOST_FAILURES = 3  # drafts in a row that raise, after which nothing is drafted any more
 
 
@@ -101,7 +103,7 @@ class Engine:
         # round of the kind is charged with them.
         self._behind = {"prompts": 0.0, "drafted": 0.0, "plain": 0.0}
         self._kind = "plain"  # of the last round
-        self._at_rest = 0  # rounds since drafts, those with prompts apart
+        self._model_share = 1.0  # of recent tokens' rounds, those for which a model drafted
         self._lost_seconds = 0.0  # of dropped drafts
         self._reported: set[str] = set()  # parts of speculation that have raised
         self._failures = 0  # drafts in a row that have raised
@@ -219,7 +221,8 @@ class Engine:
             if request.finished:
                 self._finish(request)
         if not batch.prefill:  # rounds with prompts never draft
-            self._at_rest = 0 if drafted else self._at_rest + 1
+            part = min(1.0, len(batch.decode) / RECENT)
+            self._model_share += part * (bool(done.level_widths) - self._model_share)
         return verified.requests
 
     def charge(self, seconds: float) -> None:
@@ -230,7 +233,7 @@ class Engine:
         """Return the layers whose states the drafter gets."""
         if self.drafter is None:
             return ()
-        resting = batch.prefill and self._at_rest >= HORIZON
+        resting = batch.prefill and self._model_share < RARE
         return self.drafter.resting_layers if resting else self.drafter.aux_layers
 
     def _encode_images(self, batch: Batch) -> float:

@@ -81,8 +81,8 @@ class Target(Protocol):
 class Drafter(Protocol):
     """Proposes tokens. has_model: whether a model of its own drafts, which takes time. free:
     whether a drafter without a model proposes. resting_layers: read in place of `aux_layers` in
-    rounds with prompts, while nothing is drafted. needs_ends: whether `extend` gets the features of
-    an ended answer's last round, too."""
+    rounds with prompts, while the model rarely drafts. needs_ends: whether `extend` gets the
+    features of an ended answer's last round, too."""
 
     name: str
     has_model: bool

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.policies import POLICIES
+from smart_decoding.engine import engine as engine_module
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.engine_thread import Rounds
 from smart_decoding.engine.inbox import Inbox
@@ -182,17 +182,18 @@ def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
     assert request.output == alone(prompt, greedy())[0].output
 
 
-def test_prompts_spare_the_last_layer_while_nothing_is_drafted(
+def test_prompts_spare_the_last_layer_while_the_model_rarely_drafts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(FakeDrafter, "aux_layers", (1, 3))
     monkeypatch.setattr(FakeDrafter, "resting_layers", (1, 2))
+    monkeypatch.setattr(engine_module, "RECENT", 32)
     engine = make_engine("smart", drafter={})
     plan, read = engine.policy.plan, []
     forward = engine.target.forward
     engine.target.forward = lambda rows, layers: read.append(layers) or forward(rows, layers)
     engine.policy.plan = lambda batch: None
-    add(engine, "first", [1, 2, 3], greedy(2 * HORIZON))
+    add(engine, "first", [1, 2, 3], greedy(64))
     finish(engine)
     assert set(read) == {(1, 3)}  # rounds of answers always have all
     read.clear()
@@ -200,10 +201,15 @@ def test_prompts_spare_the_last_layer_while_nothing_is_drafted(
     finish(engine)
     assert read == [(1, 2)]
     engine.policy.plan = plan
-    add(engine, "third", [7, 8, 9], greedy(20))
+    add(engine, "third", [7, 8, 9], greedy(6))
     finish(engine)
     read.clear()
-    add(engine, "fourth", [1, 5, 9], greedy(1))
+    add(engine, "fourth", [8, 8, 9], greedy(60))
+    engine.step()
+    assert read == [(1, 2)]  # few drafts are no reason to read all again
+    finish(engine)
+    read.clear()
+    add(engine, "fifth", [1, 5, 9], greedy(1))
     finish(engine)
     assert read == [(1, 3)]
 
