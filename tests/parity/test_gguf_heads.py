@@ -18,7 +18,7 @@ from smart_decoding.cli import main as cli
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.llm import LLM
-from smart_decoding.models.checkpoints.gguf_words import is_head_file, own_words
+from smart_decoding.models.checkpoints.gguf_header import is_head_file, own_words
 from smart_decoding.models.checkpoints.hub_repository import Listing
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.families.decoder import Decoder

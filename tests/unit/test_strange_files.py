@@ -31,9 +31,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from smart_decoding import files
 from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
-from smart_decoding.models.checkpoints import gguf as gguf_files
-from smart_decoding.models.checkpoints import hub
-from smart_decoding.models.checkpoints.gguf import converted_folder, read_gguf
+from smart_decoding.models.checkpoints import gguf_header, hub
+from smart_decoding.models.checkpoints.gguf import converted_folder
+from smart_decoding.models.checkpoints.gguf_header import read_gguf
 from smart_decoding.models.checkpoints.hub import is_whole
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.registry import Source
@@ -456,7 +456,7 @@ def test_a_gguf_header_of_too_many_values_is_refused(
     for name in ("_READS", "_VALUES"):
         read_gguf(place / "tiny.gguf")
         with monkeypatch.context() as patch:
-            patch.setattr(gguf_files, name, 100)
+            patch.setattr(gguf_header, name, 50)
             assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
 
 

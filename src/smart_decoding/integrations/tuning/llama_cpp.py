@@ -20,7 +20,7 @@ from smart_decoding.integrations.tuning.llama_help import asked
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
 from smart_decoding.integrations.tuning.settings import Setting, Trial
 from smart_decoding.kernels import children
-from smart_decoding.models.checkpoints.gguf_words import has_mtp, own_words
+from smart_decoding.models.checkpoints.gguf_header import has_mtp, own_words
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.found import Found, LoadResult

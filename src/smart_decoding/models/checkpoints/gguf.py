@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
+from smart_decoding.models.checkpoints.gguf_header import Metadata, StoredTensor, read_gguf
 from smart_decoding.models.checkpoints.gguf_parts import files_of
 from smart_decoding.models.checkpoints.hub import (
     conversion_folder,
@@ -53,12 +53,8 @@ if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-# What a header may have: single values, each an object of 400 bytes, and values in arrays. The
-# largest vocabularies have 850,000 in arrays: texts, types or scores, and merges. A text takes 60
-# bytes and what it has; numbers take none of their own.
-_READS = 1 << 18
-_VALUES = 1 << 21
 TENSORS = "tensors.json"
+ROPE_FACTORS = "rope_freqs.weight"
 FILE_TYPE = "file_type"  # in the record of a stored folder, which older ones lack
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 _TOP_NAMES = {
@@ -153,6 +149,15 @@ def _stays(kind: str, shape: list[int]) -> bool:
     return kind in FORMATS[1:] and len(shape) == 2
 
 
+def rope_factors(path: Path, tensors: dict[str, StoredTensor]) -> NDArray[np.float32] | None:
+    """Take the tensor of a rotary embedding's factors out of `tensors`; return its numbers."""
+    tensor = tensors.pop(ROPE_FACTORS, None)
+    if tensor is None:
+        return None
+    content = np.asarray(np.memmap(path, np.uint8, "r", tensor.offset, tensor.nbytes))
+    return as_tensor(matrix_of(*tensor[:2], content, [*tensor.shape])).float().numpy()
+
+
 def matrix_of(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
     """Return a tensor of a file out of its bytes: quants that the kernels know as they are, others
     as bfloat16, floats in their own type. Raises ModelError for a type that nobody reads."""
@@ -177,8 +182,7 @@ def _convert(
     progress: Callable[[float], object],
 ) -> None:
     metadata, tensors, parts = _read_parts(source.path)
-    rope_factors = tensors.pop("rope_freqs.weight", None)
-    factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
+    factors = rope_factors(files_of(source.path)[parts.get(ROPE_FACTORS, 0)], tensors)
     config = config_from_gguf(metadata, tensors.keys(), factors)
     check(config)
     if stored and config.linear is not None:  # columns of quants cannot be brought into an order
@@ -189,7 +193,7 @@ def _convert(
     check_tensors(config, own, source.path.name)
     family = family_of(config)
     tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space, family.gguf_pre)
-    need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
+    need = 0 if stored else 2 * sum(prod(tensor.shape) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
         if stored:
@@ -217,7 +221,7 @@ def _file_type(metadata: Mapping[str, Any]) -> str:
     return name.partition("_")[2] if name.startswith(("ALL_", "MOSTLY_")) else ""
 
 
-def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
+def _read_parts(path: Path) -> tuple[Metadata, dict[str, StoredTensor], dict[str, int]]:
     """Return metadata and tensors as by `read_gguf`, of all files of a split model, and the number
     of the file of each tensor."""
     files = files_of(path)
@@ -237,14 +241,14 @@ def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
 
 
 def _index(
-    config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], parts: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
     """Return what StoredWeights must know of each tensor, and of each expert's part of one. part:
     the number of its file; order: a RowOrder, or None."""
     family = family_of(config)
     index: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        shape = [int(n) for n in reversed(tensor.shape)]
+        shape = [*tensor.shape]
         if name.endswith(_CONVOLUTION):
             shape.insert(1, 1)
         if name.endswith(_SHARED_GATE):
@@ -254,10 +258,10 @@ def _index(
         entry = {
             "tensor": name,
             "part": parts[name],
-            "type": tensor.tensor_type.name,
+            "type": tensor.kind,
             "shape": shape,
-            "offset": int(tensor.data_offset),
-            "bytes": int(tensor.n_bytes),
+            "offset": tensor.offset,
+            "bytes": tensor.nbytes,
             "order": None if order is None else asdict(order),
         }
         index |= _by_expert(theirs, entry) if "{}" in theirs else {theirs: entry}
@@ -332,133 +336,3 @@ def _prefix(block: int, part: str, layers: int | None) -> str:
     if layers is None or block < layers:
         return f"model.layers.{block}."
     return MTP if part in GGUF_MTP else f"{MTP}layers.{block - layers}."
-
-
-class Metadata(Mapping[str, Any]):
-    """Values of a header by key. An array of numbers becomes a list when it is read: until
-    then it takes no memory but the file's."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        return value.tolist() if isinstance(value, np.ndarray) else value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def read_gguf(path: Path) -> tuple[Metadata, dict[str, Any]]:
-    """Return metadata by key and the reader's tensors by name. Raises ModelError for a file that is
-    shorter than its header says, or corrupt."""
-    try:
-        reader = _reader(path)
-        metadata = Metadata({key: _contents(field) for key, field in reader.fields.items()})
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
-        ) from error
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _contents(field: Any) -> Any:
-    """Return the value of a metadata field, an array as `_array` read it."""
-    from gguf import GGUFValueType  # imported late: it is slow
-
-    is_array = field.types[:1] == [GGUFValueType.ARRAY]
-    return field.parts[-1] if is_array else field.contents()
-
-
-def _strings(data: memoryview, start: int, count: int, order: str) -> tuple[list[str], int]:
-    """Return `count` strings that begin at `start`, and where they end. Raises ValueError for a
-    file that ends before."""
-    found = []
-    length_of = struct.Struct(f"{order}Q").unpack_from
-    for _ in range(count):
-        if start + 8 > len(data):
-            raise ValueError("a header that does not end")
-        end = start + 8 + length_of(data, start)[0]
-        if end > len(data):
-            raise ValueError("a header that does not end")
-        found.append(str(data[start + 8 : end], "utf-8"))
-        start = end
-    return found, start
-
-
-def _array(reader: Any, start: int) -> tuple[list[str] | NDArray[Any], int]:
-    """Return the values of an array of a header, numbers as a view of the file, and where it ends.
-    Raises ValueError or LookupError for one that is too long, and for arrays of arrays."""
-    from gguf import GGUFEndian, GGUFValueType  # imported late: it is slow
-
-    kind = GGUFValueType(reader._get(start, np.uint32)[0])
-    count = int(reader._get(start + 4, np.uint64)[0])
-    start += 12
-    if reader.values + count > _VALUES:
-        raise ValueError("a header that does not end")
-    if kind == GGUFValueType.STRING:
-        order = "<" if reader.endianess == GGUFEndian.LITTLE else ">"
-        return _strings(reader.data.data, start, count, order)
-    numbers = reader._get(start, reader.gguf_scalar_to_np[kind], count)
-    return numbers, start + numbers.nbytes
-
-
-def _reader(path: Path) -> Any:
-    """Return the library's, within the file's bounds. Raises whatever it meets, and ModelError for
-    a file that was cut."""
-    from gguf import (  # imported late: it is slow
-        GGML_QUANT_SIZES,
-        GGMLQuantizationType,
-        GGUFReader,
-        GGUFValueType,
-    )
-
-    class Reader(GGUFReader):
-        reads = 0
-        values = 0
-
-        def _get_field_parts(
-            self, orig_offs: int, raw_type: int
-        ) -> tuple[int, list[Any], list[int], list[Any]]:
-            # theirs makes an array of each value
-            if raw_type != GGUFValueType.ARRAY:
-                parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(
-                    orig_offs, raw_type
-                )
-                return parts
-            values, end = _array(self, orig_offs)
-            self.values += len(values)
-            return end - orig_offs, [values], [0], [GGUFValueType.ARRAY]
-
-        def _get(
-            self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None
-        ) -> NDArray[Any]:
-            # theirs reads nothing beyond the end, as often as a damaged length says, and takes
-            # several times as long: its views are memmaps
-            self.reads += 1
-            end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data) or self.reads > _READS:
-                raise ValueError("a header that does not end")
-            order = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
-            values: NDArray[Any] = self.data.view(np.ndarray)[offset:end].view(order)
-            return values
-
-        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-            start_offs = int(start_offs)  # of an alignment's type, which is narrow
-            need = start_offs
-            for *_, dims, kind, offset in (field.parts for field in fields):
-                elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
-                length = prod(dims.tolist()) // elements * size
-                need = max(need, start_offs + int(offset[0]) + length)
-            have = len(self.data)
-            if have < need:
-                raise ModelError(f"{path} was cut: {have:,} bytes of {need:,}; fetch it again")
-            super()._build_tensors(start_offs, fields)
-
-    return Reader(path)

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import errno_of, read_json, reading
+from smart_decoding.models.checkpoints.gguf_header import HEAD, is_head_file
 from smart_decoding.models.checkpoints.gguf_parts import is_further_part, parts_of, without_part
-from smart_decoding.models.checkpoints.gguf_words import HEAD, is_head_file
 
 # The hub client is imported late: it takes a quarter of a second.
 

@@ -25,7 +25,7 @@ from smart_decoding.models.checkpoints.gguf import (
     StoredWeights,
     converted_folder,
 )
-from smart_decoding.models.checkpoints.gguf_words import own_words, recommended_sampling
+from smart_decoding.models.checkpoints.gguf_header import own_words, recommended_sampling
 from smart_decoding.models.checkpoints.hub import RECORD, forget_sums
 from smart_decoding.models.checkpoints.registry import Source, named_in_file, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.checkpoints.gguf_words import HEAD
+from smart_decoding.models.checkpoints.gguf_header import HEAD
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.config import (
     ModelConfig,

@@ -19,7 +19,7 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.checkpoints.gguf_words import is_head_file
+from smart_decoding.models.checkpoints.gguf_header import is_head_file
 from smart_decoding.models.checkpoints.hub_repository import (
     PATIENT,
     download,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading
-from smart_decoding.models.checkpoints.gguf import matrix_of, read_gguf
-from smart_decoding.models.checkpoints.gguf_words import HEAD
+from smart_decoding.models.checkpoints.gguf import matrix_of, rope_factors
+from smart_decoding.models.checkpoints.gguf_header import HEAD, StoredTensor, read_gguf
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.family import GGUF_NAMES
 from smart_decoding.models.families.llama import row_order
@@ -54,8 +54,7 @@ def read_gguf_head(path: Path) -> tuple[dict[str, Any], dict[str, Matrix]]:
                 f"{path} is no draft head but a model ({found!r}): the method draft_model drafts "
                 "with a smaller one"
             )
-        factors = tensors.pop("rope_freqs.weight", None)
-        config = _config(path, metadata, None if factors is None else factors.data)
+        config = _config(path, metadata, rope_factors(path, tensors))
         heads = config["num_attention_heads"], config["num_key_value_heads"]
         weights: dict[str, Matrix] = {}
         for name, tensor in tensors.items():
@@ -106,13 +105,12 @@ def _published(name: str) -> str:
     return _TOP_NAMES.get(name, name)
 
 
-def _mapped(path: Path, tensor: Any) -> Matrix:
+def _mapped(path: Path, tensor: StoredTensor) -> Matrix:
     """Return a tensor whose numbers are read when they are used."""
-    kind = tensor.tensor_type.name
-    shape = [int(n) for n in reversed(tensor.shape)]
+    name, kind, shape, offset, nbytes = tensor
     # writable, though nobody writes: torch warns of tensors that are not
-    content = np.memmap(path, np.uint8, "c", int(tensor.data_offset), int(tensor.n_bytes))
+    content = np.memmap(path, np.uint8, "c", offset, nbytes)
     if kind in _TYPES:
         numbers: Tensor = torch.from_numpy(np.asarray(content)).view(_TYPES[kind])
         return numbers.reshape(shape)
-    return matrix_of(tensor.name, kind, np.asarray(content), shape)
+    return matrix_of(name, kind, np.asarray(content), [*shape])
