@@ -166,3 +166,9 @@ def _observed(
     after = np.where(trees.parent < 0, root_next[trees.owner], next_token[trees.parent])
     nodes = np.flatnonzero(after >= 0)
     return nodes, trees.token[nodes] == after[nodes]
+
+
+def size_bucket(size: int) -> int:
+    """Return the bucket of a batch size: 1, 2 to 3, 4 to 7, ... Batches of a bucket share
+    estimates."""
+    return size.bit_length()

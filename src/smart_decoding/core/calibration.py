@@ -196,9 +196,9 @@ class Calibration:
         flat = group * BINS + _BIN_OF_FINE.take(fine)
         counts = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
         hits = np.bincount(flat, chosen, minlength=self.counts.size).reshape(self.counts.shape)
-        keep = np.exp(counts.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
-        self.counts = self.counts * keep + counts
-        self.hits = self.hits * keep + hits
+        decay = np.exp(counts.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
+        self.counts = self.counts * decay + counts
+        self.hits = self.hits * decay + hits
         kinds = trees.source.take(nodes) * KINDS + group % KINDS
         changed = self.drift.update(kinds, expected, chosen)
         for drafter_kind, ratio in changed:
@@ -386,9 +386,9 @@ class Forecast:
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
         first = rank == 0  # one for each parent
         parents = np.bincount(depth[first], weight[first], DEPTHS)
-        keep = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
-        self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
-        self.weight = self.weight * keep + parents / trees.batch
+        decay = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
+        self.histogram = self.histogram * decay[:, None, None] + new / trees.batch
+        self.weight = self.weight * decay + parents / trees.batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return histogram and weights as plain lists."""
@@ -409,12 +409,3 @@ class Forecast:
         forecast = cls(calibration)
         forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
         return forecast
-
-
-def expected_tree(children: FloatArray, levels: int) -> FloatArray:
-    """Return forecast probabilities [levels * ranks] of a tree's nodes, where each level expands
-    the best node of the level before. children: [DEPTHS, ranks] forecast."""
-    rows = children[np.minimum(np.arange(levels), DEPTHS - 1)]
-    heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
-    result: FloatArray = (heads[:, None] * rows).ravel()
-    return result

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
+from smart_decoding.core.batch import size_bucket
 from smart_decoding.core.calibration import RunningMean
 
 if TYPE_CHECKING:
@@ -433,7 +434,7 @@ class CostModel:
         if not self._knows_first:
             return self.draft_seconds(roots + waiting_, context)
         caught_up = self._table("waiting", int(waiting_.max()) + 1)[waiting_]
-        table = caught_up + self._first_level(roots, context)
+        table = caught_up + self._first_level_seconds(roots, context)
         return self.first_correction.seconds(table, 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
@@ -474,7 +475,7 @@ class CostModel:
         return replace(self, verify_correction=correction, experts=experts)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:
-        table = self._at("waiting", waiting) + self._first_level(s.width, s.context)
+        table = self._at("waiting", waiting) + self._first_level_seconds(s.width, s.context)
         correction = self.first_correction.updated(table, 0.0, s.seconds)
         return replace(self, first_correction=correction)
 
@@ -532,7 +533,7 @@ class CostModel:
     def _knows_first(self) -> bool:
         return self.first is not None and self.waiting is not None
 
-    def _first_level(self, roots: float, context: float) -> float:
+    def _first_level_seconds(self, roots: float, context: float) -> float:
         """Return the table's seconds of a first level without waiting rows."""
         return self._at("first", roots) + roots * self.draft_token * context
 
@@ -589,12 +590,6 @@ def _stall_of(curve: Curve) -> tuple[float, float]:
 # --- overhead -------------------------------------------------------------------------------------
 #
 # The seconds of a round outside its forwards, learned from real rounds.
-
-
-def size_bucket(size: int) -> int:
-    """Return the bucket of a batch size: 1, 2 to 3, 4 to 7, ... Batches of a bucket share
-    estimates."""
-    return size.bit_length()
 
 
 class Overhead:

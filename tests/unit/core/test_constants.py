@@ -19,8 +19,8 @@ CONSTANTS = [
     (f"{CORE}.exploration", "RUN"),
     (f"{CORE}.policies.smart.learn", "COSTS_EVERY"),
     (f"{CORE}.costs", "SURPRISE"),
-    (f"{CORE}.policies.smart.credit", "START"),
-    (f"{CORE}.policies.smart.credit", "MOST"),
+    (f"{CORE}.exploration", "START"),
+    (f"{CORE}.exploration", "MOST"),
     (f"{CORE}.calibration", "NODES"),
     (f"{CORE}.calibration", "HORIZON"),
 ]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smart_decoding.core.calibration import HORIZON
-from smart_decoding.core.policies.smart.credit import MOST, START, Credit
+from smart_decoding.core.exploration import MOST, START, Credit
 
 PAIR = ("a", "b")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smart_decoding.core.calibration import HORIZON
-from smart_decoding.core.exploration import LOAN, RUN, Exploration
+from smart_decoding.core.exploration import OVERDRAFT, RUN, Exploration
 
 
 def pay(exploration: Exploration, rounds: int, loss: float, size: int = 4) -> list[bool]:
@@ -95,14 +95,14 @@ def test_a_lone_request_may_spend_before_it_has_earned() -> None:
     for _ in range(HORIZON):
         exploration.observe_best(1)
         exploration.observe_best(4)
-    assert exploration.wait(1, LOAN) == 0
-    assert exploration.wait(4, LOAN) > 1000
-    exploration.begin(1, LOAN / 2)
-    pay(exploration, RUN, LOAN / 4, size=1)
+    assert exploration.wait(1, OVERDRAFT) == 0
+    assert exploration.wait(4, OVERDRAFT) > 1000
+    exploration.begin(1, OVERDRAFT / 2)
+    pay(exploration, RUN, OVERDRAFT / 4, size=1)
     for _ in range(3 * HORIZON):
         exploration.observe_best(1)
-    assert exploration.wait(1, LOAN / 2) == 0
-    assert exploration.wait(1, LOAN / 2 + 3) > 0
+    assert exploration.wait(1, OVERDRAFT / 2) == 0
+    assert exploration.wait(1, OVERDRAFT / 2 + 3) > 0
 
 
 def test_no_price_is_beyond_reach() -> None:

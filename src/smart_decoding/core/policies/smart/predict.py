@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST, expected_tree
+from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST
 from smart_decoding.core.exploration import RUN, Mode
 from smart_decoding.core.selection import (
     NONE,
@@ -106,12 +106,21 @@ class Prediction:
 
 
 def predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
-    """Predict for batches of one shape."""
+    """Return what plain decoding and every way to draft would bring to batches of one shape. It is
+    kept until something is learned."""
+    key = (max_levels, *shape.key())
+    found = state.predictions.get(key)
+    if found is None:
+        found = state.predictions[key] = _predict(state, shape, max_levels)
+    return found
+
+
+def _predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
     size = shape.size
     drafting = shape.drafting
     costs, plain = _round_costs(state, shape)
     children = state.forecast.children(np.array(shape.kinds) / size)
-    first, catch_up = _first_level(state, shape)
+    first, catch_up = _first_level_seconds(state, shape)
     forecast_rate = 0.0
     skip_model = None
     rates = {Mode.PLAIN: size / plain}
@@ -156,7 +165,7 @@ def _round_costs(state: SmartState, shape: Shape) -> tuple[RoundCosts, float]:
     return costs, plain
 
 
-def _first_level(state: SmartState, shape: Shape) -> tuple[float, float]:
+def _first_level_seconds(state: SmartState, shape: Shape) -> tuple[float, float]:
     """Return seconds of a model's first level, a share of catching up with what the model has
     missed included, and of the catching up. It is shared among the rounds that the requests
     stay."""
@@ -181,7 +190,7 @@ def _levels(
     expands one node a request. What wider ones add is learned with all else that a mean cannot
     predict."""
     ranks = children.shape[1]
-    tree = expected_tree(children, levels)
+    tree = _expected_tree(children, levels)
     reached = np.arange(len(tree)) // ranks <= np.arange(levels)[:, None]
     losses = np.sort(np.where(reached, -tree, NONE), axis=1)
     further = np.arange(levels, dtype=np.float64) * float(costs.levels[drafting])
@@ -196,3 +205,12 @@ def _rate(losses: FloatArray, drafted: FloatArray, costs: RoundCosts, drafting: 
     verify = costs.verify[::drafting][: losses.shape[1] + 1]
     sunk = costs.sunk + drafted
     return float(best_rates(losses, costs.tokens, sunk, verify, costs.limit).max())
+
+
+def _expected_tree(children: FloatArray, levels: int) -> FloatArray:
+    """Return forecast probabilities [levels * ranks] of a tree's nodes, where each level expands
+    the best node of the level before. children: [DEPTHS, ranks] forecast."""
+    rows = children[np.minimum(np.arange(levels), DEPTHS - 1)]
+    heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
+    result: FloatArray = (heads[:, None] * rows).ravel()
+    return result

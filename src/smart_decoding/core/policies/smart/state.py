@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from smart_decoding.core.batch import size_bucket
 from smart_decoding.core.calibration import RunningMean
-from smart_decoding.core.costs import DraftSample, Overhead, VerifySample, size_bucket
+from smart_decoding.core.costs import DraftSample, Overhead, VerifySample
 from smart_decoding.core.exploration import Backoff, Exploration, Mode
-from smart_decoding.core.tree import DraftTrees
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
     from smart_decoding.core.calibration import Calibration, Forecast
     from smart_decoding.core.costs import CostModel, Sample
-    from smart_decoding.core.policies.smart.credit import Credit
+    from smart_decoding.core.exploration import Credit
+    from smart_decoding.core.policies.smart.predict import Prediction
 
 
 # Standard deviation of one request's log rate, in a round of free drafters, over its forecast.
@@ -65,8 +63,7 @@ class Realised:
 # --- times ----------------------------------------------------------------------------------------
 #
 # Costs are corrected by means over several rounds, of forwards of about as many rows. The rate of
-# those rounds depends on the mean. Of single times the filter would cut the outliers, and believe
-# that forwards with a heavy tail, as shared machines have them, are faster than they are.
+# those rounds depends on the mean: clipping single times would bias a heavy tail low.
 
 
 class Forward(Enum):
@@ -147,34 +144,32 @@ class Timings:
 
 @dataclass(eq=False)
 class SmartState:
-    """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
-    the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
-    can predict. free: what rounds of free drafters reach of a plain one's rate.
+    """All that lasts between rounds."""
 
-    plain, drafted: times that costs are not corrected by yet; of plain rounds, and of drafting
-    ones. rounds: that drafted. unlearned: those of them whose trees are not
-    learned from yet. expected, shortfall: nodes that these were expected to accept, and that less
-    the accepted ones.
-
-    best: the mode predicted best last. explored: the mode of the last exploration."""
-
-    cost: CostModel
+    cost: CostModel  # as corrected so far
     calibration: Calibration
     forecast: Forecast
     exploration: Exploration
     overhead: Overhead
     credit: Credit
+    # What the model's rounds reach of their forecast: choosing among real nodes does better than a
+    # mean can predict.
     with_model: Realised = field(default_factory=Realised)
+    # What rounds of free drafters reach of a plain one's rate.
     free: Realised = field(default_factory=lambda: Realised(UNSURE))
-    plain: Timings = field(default_factory=Timings)
-    drafted: Timings = field(default_factory=Timings)
-    rounds: int = 0
-    unlearned: list[Round] = field(default_factory=list)
-    expected: float = 0.0
-    shortfall: float = 0.0
-    best: Mode = Mode.PLAIN
-    explored: Mode = Mode.PLAIN
+    plain: Timings = field(default_factory=Timings)  # of plain rounds; costs have not learned them
+    drafted: Timings = field(default_factory=Timings)  # the same of drafting rounds
+    rounds: int = 0  # that drafted
+    unlearned: list[Round] = field(default_factory=list)  # whose trees are not learned from yet
+    expected_accepts: float = 0.0  # sum over unlearned rounds
+    shortfall: float = 0.0  # expected less real accepted nodes of unlearned rounds
+    best: Mode = Mode.PLAIN  # predicted last
+    explored: Mode = Mode.PLAIN  # in the last exploration
     backoff: Backoff = field(default_factory=Backoff)
+    # Requests and seconds of a plain round, as predicted last.
+    predicted_plain: tuple[int, float] = (0, 0.0)
+    # By shape; kept until something is learned.
+    predictions: dict[tuple[object, ...], Prediction] = field(default_factory=dict)
 
     def realised(self, mode: Mode) -> Realised:
         """Return what rounds of a drafting mode reach of their forecast."""
@@ -187,37 +182,4 @@ class SmartState:
         self.free = Realised(UNSURE)
         self.plain = Timings()
         self.drafted = Timings()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dictionaries, to print and to compare."""
-        found: dict[str, Any] = _plain(self)
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SmartState) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, lists and dictionaries in place of a value and all that it holds."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, DraftTrees):  # without the room that they leave
-        return _plain([value.ints[:, : len(value)], value.floats[:, : len(value)]])
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {str(_plain(key)): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if dataclasses.is_dataclass(value):
-        # What a field's `compare` leaves out is a cache.
-        fields = [each.name for each in dataclasses.fields(value) if each.compare]
-        return {name: _plain(getattr(value, name)) for name in fields}
-    names = vars(value) if hasattr(value, "__dict__") else value.__slots__
-    return {name: _plain(getattr(value, name)) for name in names}
+        self.predictions = {}
