@@ -241,7 +241,7 @@ def record(
 
     The engine's drafter must be the one that the replayed policies are meant for, and no union.
     late: whether to begin no more prompts. Raises ConfigError without a drafter."""
-    if engine.drafter is None or not isinstance(engine.policy, Wide):
+    if not engine.drafts or not isinstance(engine.policy, Wide):
         raise ConfigError("recording needs an engine with a drafter and the policy Wide")
     answers: list[Drawn] = []
     for start in range(0, len(prompts), at_once):

@@ -17,7 +17,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,13 +58,11 @@ from smart_lab.replay import Source
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.eagle import Pairs
-    from smart_decoding.drafters.levels import Ranked, RoundInputs
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, Ranked, Rows
     from smart_lab.options import LabOptions
     from smart_lab.recording import Recording
     from smart_lab.trace import Trace
@@ -179,13 +177,13 @@ class ReplayedDrafter(EagleDrafter):
         """Only where a device may choose."""
         return self._on_device and super().follows(rule)
 
-    def _prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
-    ) -> Callable[[], Draft]:
+    def _draft_round(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs, states: Sequence[Pairs]
+    ) -> Draft:
         """Put aside what a device has drafted; the recorded candidates grow by the same
         widths."""
-        inner = super()._prepare(rule, proposed, inputs, states)
-        return lambda: self._replayed(rule, proposed.batch, inner())
+        drafted = super()._draft_round(rule, proposed, inputs, states)
+        return self._replayed(rule, proposed.batch, drafted)
 
     def _replayed(self, rule: TreeRule, batch: int, draft: Draft) -> Draft:
         fixed = Fixed.before(rule)

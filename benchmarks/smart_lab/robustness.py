@@ -43,7 +43,6 @@ from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.cli.arguments import whole_numbers, words
-from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from smart_decoding.bench.blocks import Block
     from smart_decoding.bench.statistics import Ratio
     from smart_decoding.core.batch import Round
+    from smart_decoding.core.policies.smart import Smart
     from smart_decoding.engine.engine import Engine
 
 WINDOW, MOST_ROUNDS = 16, 160
@@ -236,7 +236,7 @@ class Bench:
         case = self.case(name)
         plain = [self.llm.sharing_weights(False).engine for _ in range(2)]
         engines = {"off": plain[0], AGAIN: plain[1], "smart": case.make(self.llm).engine}
-        policy = cast(Smart, engines["smart"].policy)
+        policy = cast("Smart", engines["smart"].policy)
         policy.statistics = believed = Believed(size)
         with case.disturbance():
             deadline = time.perf_counter() + seconds
@@ -254,7 +254,7 @@ class Bench:
         for prompt in in_turn(prompts):
             engine.add_request(f"notice-{prompt.index}", prompt.tokens, prompt.params)
             while engine.has_unfinished_requests:
-                cost = cast(Smart, engine.policy).cost
+                cost = cast("Smart", engine.policy).cost
                 engine.step()
                 assert engine.last_round is not None
                 done = engine.last_round.round
@@ -377,7 +377,7 @@ def _head(folder: str | None) -> Make:
 def _variant(name: str) -> Make:
     def make(llm: LLM) -> LLM:
         arm = llm.sharing_weights(None)
-        arm.engine.policy = VARIANTS[name](cast(Smart, arm.engine.policy))
+        arm.engine.policy = VARIANTS[name](cast("Smart", arm.engine.policy))
         return arm
 
     return make

@@ -304,7 +304,7 @@ class Tuner:
         options, llm = self._options, self._llm
         candidates = [llm.sharing_weights(options.speculation(arm)) for arm in options.arms]
         cost = cost_of(candidates)
-        drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
+        drafting = next(arm for arm in candidates if arm.engine.drafts)
         prompts = encode(llm, texts, options)
         recording = record_wide(drafting, prompts, late)
         plain = llm.sharing_weights(False)

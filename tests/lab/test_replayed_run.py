@@ -102,7 +102,7 @@ def test_ways_are_one_with_the_device_choosing_and_one_with_the_host(folder, mon
 
         return noted
 
-    for name, method in (("device", "_replayed"), ("host", "first_level")):
+    for name, method in (("device", "_replayed"), ("host", "propose_roots")):
         kind = replayed_run.ReplayedDrafter
         monkeypatch.setattr(kind, method, noting(name, getattr(kind, method)))
     found = made.ways(1, 30.0)

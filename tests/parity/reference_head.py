@@ -289,7 +289,7 @@ class Drafting:
         table.commit(request.tokens, first + len(new))
         self.drafter.extend(request, aux_hidden, first, new)
         rule = TreeRule(3, 3, np.array([9]), NO_NODES, Beam(3), KeepBest(9))
-        trees = self.drafter.first_level([request], rule)
+        trees = self.drafter.propose_roots([request], rule)
         self.drafter.next_level([request], trees, np.arange(3), rule)
         self.drafter.next_level([request], trees, np.array([4, 9]), rule)
         return trees

@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from smart_decoding.core.rule import Draft
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.history import TokenHistory
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.media import Media
@@ -33,7 +33,7 @@ from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Verified
-    from smart_decoding.models.cpu.native_round import NativeBatch, NativeRound
+    from smart_decoding.models.cpu.native_verification import NativeBatch, NativeVerified
 
 pytestmark = pytest.mark.usefixtures("variant")
 CONTEXTS = (5, 15, 63, 126)
@@ -72,7 +72,7 @@ class World(Sampler):
         pictures: Sequence[bool] = (),
     ) -> None:
         self.decoder = decoder(name, True, dtype, MROPE if any(pictures) else ())
-        self.rounds: list[NativeRound] = []
+        self.rounds: list[NativeVerified] = []
         self.native = None
         if whole:  # without recurrent states
             self.native = SimpleNamespace(verify=self._counted, advance_after=lambda rows: None)
@@ -97,7 +97,7 @@ class World(Sampler):
             self.run(Batch([], [(r, len(r.tokens)) for r in self.requests]), DraftTrees.empty(0))
         )
 
-    def _counted(self, batch: NativeBatch) -> NativeRound:
+    def _counted(self, batch: NativeBatch) -> NativeVerified:
         assert self.decoder.model is not None
         self.rounds.append(self.decoder.model.verify(batch))
         return self.rounds[-1]

@@ -17,7 +17,7 @@ from .vision import SEE, picture, save_llava, save_qwen2_vl
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
-    from smart_decoding.models.cpu.native_round import NativeRound
+    from smart_decoding.models.cpu.native_verification import NativeVerified
 
 CHATS = [
     message(picture(1), "What is it?"),
@@ -50,9 +50,9 @@ def sampling(temperature: float) -> list[SamplingParams]:
     ]
 
 
-def counted_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[NativeRound]:
+def counted_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[NativeVerified]:
     """The rounds to come that are verified in one call."""
-    rounds: list[NativeRound] = []
+    rounds: list[NativeVerified] = []
     assert llm.target.native is not None
     verify = llm.target.native.verify
     monkeypatch.setattr(

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.rule import NO_NODES, TreeRule
-from smart_decoding.core.selection import Beam, KeepBest
+from smart_decoding.core.rule import NO_NODES, Draft, TreeRule
+from smart_decoding.core.selection import Beam, KeepBest, Selection
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.drafters.levels import draft_by_levels
 from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -221,7 +221,7 @@ class FakeModel:
     ) -> Draft:
         return draft_by_levels(self, requests, rule, interrupted, given, Selection())
 
-    def first_level(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
+    def propose_roots(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
         assert rule.levels > 0
         self.said: list[dict[tuple[int, ...], float]] = [{} for _ in requests]
         self.expanded: set[tuple[int, ...]] = set()

@@ -81,7 +81,7 @@ class Bench:
         arms = {
             arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen
         }
-        found = [arm.speculation for arm in arms.values() if arm.engine.drafter is not None]
+        found = [arm.speculation for arm in arms.values() if arm.engine.drafts]
         self.head = (
             self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
         )

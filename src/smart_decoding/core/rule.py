@@ -1,4 +1,4 @@
-"""A rule for one round's trees, as data: the result of a policy's `plan`.
+"""A rule for one round's trees, as data: the result of a policy's `plan`; and its `Draft`.
 
 `expand` chooses the nodes to expand, `keep` the nodes to verify. The classes of `selection.py` are
 data with a numpy implementation, and the CPU kernels follow the same data natively. Your own policy
@@ -7,7 +7,7 @@ may use any object with the same method instead: it is then called level by leve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +27,28 @@ if TYPE_CHECKING:
     from smart_decoding.core.calibration import Calibration
 
 NO_NODES: IntArray = np.zeros(0, np.int64)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A round's trees, and the nodes to verify.
+
+    rule: the rule that made them. kept: nodes to verify. widths, level_seconds: rows and seconds of
+    each level that a model ran. choosing: seconds of choosing nodes between these levels, where one
+    call runs all. interrupted: a request arrived that can begin at once; the trees are dropped."""
+
+    trees: DraftTrees
+    rule: TreeRule | None = None
+    kept: IntArray = field(default_factory=NO_NODES.copy)
+    widths: list[int] = field(default_factory=list)
+    level_seconds: list[float] = field(default_factory=list)
+    choosing: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the model's levels; other drafters cost next to nothing."""
+        return sum(self.level_seconds)
 
 
 class Expand(Protocol):

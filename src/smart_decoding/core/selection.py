@@ -22,6 +22,19 @@ from smart_decoding.core.tree import (
     sibling_ranks,
 )
 
+
+class Selection:
+    """Follows rules by their own numpy code: the reference. Kernels have a native form of it."""
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `TreeRule.frontier`."""
+        return rule.frontier(trees, level)
+
+    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
+        """See `TreeRule.select`."""
+        return rule.select(trees)
+
+
 # --- the exact choice -----------------------------------------------------------------------------
 #
 # The cost of a forward is known for every number of rows. So the best set of nodes is a prefix of

@@ -20,6 +20,7 @@ BoolArray: TypeAlias = NDArray[np.bool_]
 KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests with calibrations of their own
 
 ROOT = -1
+MODEL = 0  # the source of a model's nodes; other drafters' are 1, 2, ...
 
 # Numbers of columns of each type.
 _INTS = len(("owner", "token", "parent", "depth", "source"))
@@ -275,6 +276,14 @@ def join(many: Sequence[DraftTrees]) -> DraftTrees:
 # --- several drafters -----------------------------------------------------------------------------
 #
 # Trees of several drafters as one: the same token below the same parent is one node.
+
+
+def added(proposed: DraftTrees, drafted: DraftTrees) -> DraftTrees:
+    """Return the nodes of free drafters and of a model in one tree, equal nodes merged."""
+    if not len(proposed):
+        return drafted
+    merge(proposed, drafted, MODEL)
+    return proposed
 
 
 def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:

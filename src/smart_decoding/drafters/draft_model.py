@@ -3,29 +3,26 @@ et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from smart_decoding.drafters.levels import LevelDrafter, LevelRequest, Ranked, RoundInputs, State
+from smart_decoding.drafters.levels import LevelDrafter, State
 from smart_decoding.engine.kv import PAGE
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
 
 
 class SmallModel(Protocol):
-    """A model that this drafter can run. drafts_rounds: whether `prepare` may be called."""
+    """A model that this drafter can run. drafts_rounds: whether `draft` may be called."""
 
     drafts_rounds: bool
 
-    def prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
-    ) -> Callable[[], Draft]:
-        """Return the one call that drafts a round and merges it with the proposed nodes."""
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs) -> Draft:
+        """Draft a round in one call, and merge it with the proposed nodes."""
 
     def rank(self, rows: Rows, request: LevelRequest) -> Ranked:
         """Run one forward; return the best children of the rows whose logits are required."""
@@ -47,7 +44,7 @@ class DraftModelDrafter(LevelDrafter[State]):
         state = State(0, 0)
         keys = self._keys(request, state, first // PAGE)
         for page, key in zip(request.table.pages, keys, strict=False):
-            if self._kept[page] != key:
+            if self._page_keys[page] != key:
                 break
             state.length += PAGE
         return state
@@ -65,14 +62,14 @@ class DraftModelDrafter(LevelDrafter[State]):
         """Return whether the model drafts rounds in one call."""
         return self._model.drafts_rounds
 
-    def _prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[State]
-    ) -> Callable[[], Draft]:
-        return self._model.prepare(rule, proposed, inputs)
+    def _draft_round(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs, states: Sequence[State]
+    ) -> Draft:
+        return self._model.draft(rule, proposed, inputs)
 
     def _advance(self, request: Request, state: State) -> None:
         """Advance, and forget the keys of a cut context: unlike a head's, they serve no other
         request."""
         super()._advance(request, state)
         if state.start:
-            self._kept[self._table(request, state)[state.start // PAGE :]] = 0
+            self._page_keys[self._table(request, state)[state.start // PAGE :]] = 0

@@ -10,21 +10,18 @@ the pair again, into a copy of the page. So the features of each page's last pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from smart_decoding.drafters.levels import LevelDrafter, LevelRequest, Ranked, RoundInputs, State
+from smart_decoding.drafters.levels import LevelDrafter, State
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.models.heads.features import apart
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
-    from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.heads.eagle_head import EagleHead
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
 
 LOG = 64  # plain rounds whose features are handed to the requests together
 
@@ -42,19 +39,66 @@ class Log:
 
 @dataclass(slots=True)
 class Pairs(State):
-    """One request's pairs. parts: features of the waiting pairs (`models.features.Part`). copies:
-    page index -> scratch page in place of the request's, and the features of its last pair, which
-    is run again."""
+    """One request's pairs. parts: features of the waiting pairs: arrays, or those of several rounds
+    and a place in each. copies: page index -> scratch page in place of the request's, and the
+    features of its last pair, which is run again."""
 
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
-    def wait_with(self, part: Any) -> None:
+    def wait_with(self, part: Any, head: Head) -> None:
         """Add a part. The last one gets memory of its own: it waits on, as in rounds with prompts,
         which have many rows and do not draft."""
         if self.parts:
-            self.parts[-1] = apart(self.parts[-1])
+            self.parts[-1] = head.apart(self.parts[-1])
         self.parts.append(part)
+
+
+class HeadLevels(Protocol):
+    """A head's levels, one at a time or a round of them."""
+
+    def first(
+        self, rows: Rows, parts: Sequence[Any], last: IntArray, request: LevelRequest
+    ) -> Ranked:
+        """Run all waiting pairs; return the best children of the `last` rows."""
+
+    def deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
+        """Run nodes below the outputs `above` of this round; return the best children of all."""
+
+    def follows(self, rule: TreeRule) -> bool:
+        """Return whether `draft` takes rounds of such a rule."""
+
+    def draft(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs, parts: Sequence[Any]
+    ) -> Draft:
+        """Draft a round in one call, and merge it with the proposed nodes."""
+
+
+class Head(Protocol):
+    """A head that this drafter can run. `Features` are opaque."""
+
+    aux_layers: tuple[int, ...]
+    resting_layers: tuple[int, ...]
+    supports_images: bool
+
+    @property
+    def levels(self) -> HeadLevels:
+        """The levels of a round."""
+
+    def use(self, tokens: IntArray) -> None:
+        """Note tokens of texts, which are proposed from now on, where that can change."""
+
+    def apart(self, part: Any) -> Any:
+        """Return a part, copied where it is a small piece of an array that it would keep alive."""
+
+    def take(self, features: Any, row: int) -> Any:
+        """Return a copy of one row of features."""
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys of a page."""
+
+    def blank(self, rows: int) -> Any:
+        """Return features of arbitrary content."""
 
 
 class EagleDrafter(LevelDrafter[Pairs]):
@@ -63,7 +107,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     name = "eagle"
     ahead = 1
 
-    def __init__(self, head: EagleHead, pool_pages: int, scratch_pages: int) -> None:
+    def __init__(self, head: Head, pool_pages: int, scratch_pages: int) -> None:
         spare = scratch_pages // 8
         super().__init__(pool_pages, scratch_pages - spare)
         pages = pool_pages + scratch_pages
@@ -83,7 +127,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         page = first // PAGE
         pages = request.table.pages
         keys = self._keys(request, state, page)
-        while page and self._kept[pages[page - 1]] == keys[page - 1]:
+        while page and self._page_keys[pages[page - 1]] == keys[page - 1]:
             page -= 1
             end = (page + 1) * PAGE
             key, features = self._ends.get(pages[page], (0, None))
@@ -111,7 +155,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
-        state.wait_with(features)
+        state.wait_with(features, self._head)
         for end in range(-(first + 1) % PAGE, len(features), PAGE):
             self._keep_end(request, state, first + end, features, end)
 
@@ -131,10 +175,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._head.use(rows.token)
         return rows, last
 
-    def _prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
-    ) -> Callable[[], Draft]:
-        return self._head.levels.prepare(rule, proposed, inputs, _parts(states))
+    def _draft_round(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs, states: Sequence[Pairs]
+    ) -> Draft:
+        return self._head.levels.draft(rule, proposed, inputs, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """Take committed pairs, which wait for the next first level."""
@@ -158,7 +202,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
             state = self._states.get(id(request))
             if log is None or state is None:  # released since
                 continue
-            state.wait_with((log.rounds, i))
+            state.wait_with((log.rounds, i), self._head)
             first = log.first[i]
             rounds = len(log.rounds)
             for end in range(-(first + 1) % PAGE, rounds, PAGE):

@@ -20,48 +20,36 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from smart_decoding.core.rule import Draft
 from smart_decoding.core.selection import is_data
-from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
-from smart_decoding.engine.drafting import Draft, draft_by_levels
+from smart_decoding.core.tree import (
+    ROOT,
+    DraftTrees,
+    IntArray,
+    added,
+    fold,
+    of_expanded,
+    slots,
+)
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.rows import WINDOW, Rows, RowsBuilder
+from smart_decoding.engine.rows import (
+    WINDOW,
+    DraftInputs,
+    LevelRequest,
+    Ranked,
+    Rows,
+    RowsBuilder,
+)
 from smart_decoding.kernels.selection import fastest_selection
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.selection import Selection
     from smart_decoding.engine.request import Request
-
-# A request's seed and sample, and the output position of a token.
-Draw: TypeAlias = tuple[int, int, int]
-# Children of each row, best first, and their probabilities: [rows, k].
-Ranked: TypeAlias = tuple[IntArray, FloatArray]
-
-
-@dataclass(frozen=True, slots=True)
-class LevelRequest:
-    """The children required of every row. k: how many at most. temperature: [rows]. draws: [rows]
-    the noise that the target will draw the child with, so that the model can guess with the same
-    noise; empty if all temperatures are 0."""
-
-    k: int
-    temperature: FloatArray
-    draws: Sequence[Draw] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RoundInputs:
-    """Inputs of a model that drafts a whole round in one call.
-
-    rows: all waiting rows. request: for the children of nodes at depth 0, 1, ... levels - 1,
-    request by request. slots: for the keys of nodes."""
-
-    rows: Rows
-    request: LevelRequest
-    slots: range
 
 
 @dataclass(slots=True)
@@ -74,6 +62,70 @@ class State:
     length: int
     again: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+
+
+class LevelModel(Protocol):
+    """A model that drafts one level at a time."""
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        """Count the rows of the first level."""
+
+    def propose_roots(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """Propose the children of every root."""
+
+    def next_level(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
+    ) -> int:
+        """Append the children of `nodes`, all of one level. Return how many nodes the model ran;
+        the others stay leaves."""
+
+
+def draft_by_levels(
+    model: LevelModel,
+    requests: Sequence[Request],
+    rule: TreeRule,
+    interrupted: Callable[[], bool],
+    proposed: DraftTrees,
+    selection: Selection,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Draft:
+    """Draft as `rule` says, one level after another: on torch, and for policies in Python.
+
+    proposed: nodes of free drafters; the model's equal nodes merge with them. interrupted: called
+    after each level."""
+    start = clock()
+    width = model.pending_rows(requests)
+    draft = Draft(added(proposed, model.propose_roots(requests, rule)), rule)
+    for level in range(1, rule.levels + 1):
+        draft.widths.append(width)
+        draft.level_seconds.append(clock() - start)
+        if interrupted():
+            draft.interrupted = True
+            return draft
+        nodes = selection.frontier(rule, draft.trees, level)
+        start = clock()
+        width = _expand(model, requests, draft.trees, nodes, rule) if len(nodes) else 0
+        if not width:
+            break
+    draft.kept = selection.select(rule, draft.trees)
+    return draft
+
+
+def _expand(
+    model: LevelModel,
+    requests: Sequence[Request],
+    trees: DraftTrees,
+    nodes: IntArray,
+    rule: TreeRule,
+) -> int:
+    if not trees.source.any():
+        return model.next_level(requests, trees, nodes, rule)
+    # The model can run a node only where it has run the node's parent.
+    nodes = nodes[of_expanded(trees, slots(trees))[nodes]]
+    before = len(trees)
+    width = model.next_level(requests, trees, nodes, rule) if len(nodes) else 0
+    fold(trees, before)
+    return width
 
 
 S = TypeVar("S", bound=State)
@@ -95,11 +147,10 @@ class LevelDrafter(ABC, Generic[S]):
     widest = 1 << 30  # most children of a node; 1 where the target verifies chains only
 
     def __init__(self, pool_pages: int, scratch_pages: int) -> None:
-        self._selection = fastest_selection()  # for drafting level by level
         self._scratch_slot = pool_pages * PAGE
         self._scratch_size = scratch_pages * PAGE
         # page -> key of the content it holds, or 0
-        self._kept = np.zeros(pool_pages + scratch_pages, np.int64)
+        self._page_keys = np.zeros(pool_pages + scratch_pages, np.int64)
         self._states: dict[int, S] = {}
         # expanded node -> slots of its ancestors and its own
         self._paths: dict[int, list[int]] = {}
@@ -131,11 +182,11 @@ class LevelDrafter(ABC, Generic[S]):
         call."""
 
     @abstractmethod
-    def _prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[S]
-    ) -> Callable[[], Draft]:
-        """Return the one call that drafts all levels and merges them with `proposed`, where the
-        model follows the rule."""
+    def _draft_round(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs, states: Sequence[S]
+    ) -> Draft:
+        """Draft all levels in one call, and merge them with `proposed`, where the model follows
+        the rule."""
 
     def blank(self, rows: int) -> Any:
         """Return features of arbitrary content for `rows` rows, to time the model with."""
@@ -169,12 +220,12 @@ class LevelDrafter(ABC, Generic[S]):
         them."""
         proposed = DraftTrees.empty(len(requests)) if proposed is None else proposed
         if not rule.levels or not (is_data(rule) and self.follows(rule)):
-            return draft_by_levels(self, requests, rule, interrupted, proposed, self._selection)
+            selection = fastest_selection()
+            return draft_by_levels(self, requests, rule, interrupted, proposed, selection)
         start = time.perf_counter()
         states = [self._states[id(r)] for r in requests]
         inputs = self._inputs(requests, states, rule)
-        draft_round = self._prepare(rule, proposed, inputs, states)
-        draft = draft_round()
+        draft = self._draft_round(rule, proposed, inputs, states)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         deeper = sum(draft.level_seconds[1:])
@@ -184,14 +235,14 @@ class LevelDrafter(ABC, Generic[S]):
 
     def _inputs(
         self, requests: Sequence[Request], states: Sequence[S], rule: TreeRule
-    ) -> RoundInputs:
+    ) -> DraftInputs:
         rows, _ = self._waiting_rows(requests, states)
         owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
         depths = [*range(rule.levels)] * len(requests)
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        return RoundInputs(rows, self._level_request(requests, owners, depths, rule), slots)
+        return DraftInputs(rows, self._level_request(requests, owners, depths, rule), slots)
 
-    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def propose_roots(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """Catch up, and propose the children of every root."""
         trees = DraftTrees.empty(len(requests))
         batch = len(requests)
@@ -348,7 +399,7 @@ class LevelDrafter(ABC, Generic[S]):
         keys = self._keys(request, state, whole) if whole > first else []
         table = self._table(request, state)[first : -(-state.length // PAGE)].tolist()
         for index, page in enumerate(table, start=first):
-            self._kept[page] = keys[index] if index < whole else 0
+            self._page_keys[page] = keys[index] if index < whole else 0
 
     def _keys(self, request: Request, state: S, pages: int) -> list[int]:
         """Return for each of the request's first pages a number that identifies its tokens and all

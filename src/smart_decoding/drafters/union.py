@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.tree import DraftTrees, merge
-from smart_decoding.engine.drafting import MODEL, Draft
+from smart_decoding.core.rule import Draft
+from smart_decoding.core.tree import MODEL, DraftTrees, merge
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.selection import fastest_selection
 
@@ -43,7 +43,6 @@ class UnionDrafter:
         self.resting_layers = self.model.resting_layers if self.model else ()
         self.free = bool(self.free_drafters)
         self.needs_ends = False
-        self._selection = fastest_selection()  # where the model is left out
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """Return the model's rows; 0 without a model."""
@@ -56,7 +55,7 @@ class UnionDrafter:
         trees = self.propose(requests, rule)
         rule = rule.after_free(trees)
         if self.model is None or not rule.levels:
-            return Draft(trees, rule, self._selection.select(rule, trees))
+            return Draft(trees, rule, fastest_selection().select(rule, trees))
         draft: Draft = self.model.draft(requests, rule, interrupted, trees)
         return draft
 

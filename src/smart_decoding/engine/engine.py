@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.batch import BatchState, Round
-from smart_decoding.core.rule import TreeRule
+from smart_decoding.core.rule import Draft, TreeRule
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
-from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.kv import NO_STATE, PAGE, PagePool
+from smart_decoding.engine.protocols import NoDrafter
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
 from smart_decoding.engine.verification import make_room
@@ -38,7 +38,7 @@ __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 # behind it is computed again in the next turn.
 BETWEEN_COPIES = 64
 # Prompts spare the layers that only a draft model reads while it drafts for fewer than RARE of the
-# RECENT tokens' rounds. A closed batch's last answers, which are drafted, are no reason to read them.
+# RECENT tokens' rounds. A closed batch's last answers are drafted, and no reason to read them.
 RARE, RECENT = 0.25, 512
 MOST_FAILURES = 3  # drafts in a row that raise, after which nothing is drafted any more
 
@@ -91,7 +91,7 @@ class Engine:
             config = replace(config, prefix_caching=False)
         self.target = target
         self.policy = policy
-        self.drafter = drafter
+        self.drafter: Drafter = drafter or NoDrafter()
         self.config = config
         self.pool = PagePool(config.pages, config.prefix_caching, target.states, target.snapshots)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
@@ -179,6 +179,11 @@ class Engine:
         """Whether any request waits or runs."""
         return self.scheduler.has_work
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a drafter."""
+        return self.drafter.has_model or self.drafter.free
+
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> list[Request]:
         """Run one round; return the requests that got tokens, finished ones included.
 
@@ -192,38 +197,42 @@ class Engine:
             return []
         for request, _ in batch.prefill:
             request.metrics.scheduled = request.metrics.scheduled or started
-        started += self._encode_images(batch)  # no part of a round's cost
+        apart = self._encode_images(batch)  # seconds that no round is charged
         self._begin_states(batch)
         state = self._state(batch)
         lost = self._lost_seconds
         draft = self._draft(batch, state, lambda: self.scheduler.can_begin(arrived()))
-        started += self._lost_seconds - lost
+        apart += self._lost_seconds - lost
         if draft.interrupted:
             self._dropped.update(batch.decode)
-            self._lost_seconds += self._clock() - started
+            self._lost_seconds += self._clock() - started - apart
             return []
         draft.kept = _allowed(batch, state, draft)
         verified = self.target.verify(batch, draft, self._aux_layers(batch))
-        self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
-        if self.pool.keeps_snapshots:
-            self._keep_states(batch, verified)
+        self._keep_states(batch, verified)
         self._hand_over(batch, verified)
         self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
         done = _round(batch, state, draft, verified)
-        drafted = done.rule is not None
-        self._kind = "prompts" if batch.prefill else "drafted" if drafted else "plain"
+        self._note(batch, done)
         if batch.decode:
-            self._observe(done, self._clock() - started - verified.forward_seconds - draft.seconds)
-        seconds = self._clock() - started
+            forwards = verified.forward_seconds + draft.seconds
+            self._observe(done, self._clock() - started - apart - forwards)
+        seconds = self._clock() - started - apart
         self.last_round = _record(done, draft, verified, emitted, accepted, seconds)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
+        return verified.requests
+
+    def _note(self, batch: Batch, done: Round) -> None:
+        """Note the round's kind, and whether a model drafted."""
+        self._dropped.difference_update(batch.decode)
+        drafted = done.rule is not None
+        self._kind = "prompts" if batch.prefill else "drafted" if drafted else "plain"
         if not batch.prefill:  # rounds with prompts never draft
             part = min(1.0, len(batch.decode) / RECENT)
             self._model_share += part * (bool(done.level_widths) - self._model_share)
-        return verified.requests
 
     def charge(self, seconds: float) -> None:
         """Charge the time that the last round's texts and deliveries took to its kind of rounds."""
@@ -231,8 +240,6 @@ class Engine:
 
     def _aux_layers(self, batch: Batch) -> tuple[int, ...]:
         """Return the layers whose states the drafter gets."""
-        if self.drafter is None:
-            return ()
         resting = batch.prefill and self._model_share < RARE
         return self.drafter.resting_layers if resting else self.drafter.aux_layers
 
@@ -262,6 +269,8 @@ class Engine:
     def _keep_states(self, batch: Batch, verified: Verified) -> None:
         """Copy the states of prompts that have come to their last pages, and of answers now and
         then, each in place of the one before."""
+        if not self.pool.keeps_snapshots:
+            return
         copies = []
         for request, _ in batch.prefill:
             length = request.table.length
@@ -281,8 +290,7 @@ class Engine:
     def _state(self, batch: Batch) -> BatchState:
         requests = batch.decode
         drafter = self.drafter
-        has_model = drafter is not None and drafter.has_model
-        pending = drafter.pending_rows(requests) - len(requests) if drafter and has_model else 0
+        pending = drafter.pending_rows(requests) - len(requests) if drafter.has_model else 0
         if requests != self._batched:
             self._batched = requests
             self._traits = _traits(requests)
@@ -296,8 +304,8 @@ class Engine:
             may_speculate=may_speculate,
             prefill_rows=sum(rows for _, rows in batch.prefill),
             catch_up_rows=max(0, pending),
-            has_model=has_model,
-            has_free=drafter is not None and drafter.free,
+            has_model=drafter.has_model,
+            has_free=drafter.free,
             pictures=pictures,
             constrained=constrained,
             requests=numbers,
@@ -307,10 +315,7 @@ class Engine:
         """Plan and draft a round; no answer depends on either, so what raises leaves it plain.
         Rounds with prompts never draft: their requests wait for a first token."""
         plain = Draft(DraftTrees.empty(len(batch.decode)))
-        drafter = self.drafter
-        if batch.prefill or not batch.decode or drafter is None:
-            return plain
-        if self._failures == MOST_FAILURES:
+        if batch.prefill or not batch.decode or self._failures == MOST_FAILURES:
             return plain
         if not self._dropped.isdisjoint(batch.decode):
             return plain
@@ -322,7 +327,7 @@ class Engine:
             if rule is not None:
                 started = self._clock()
                 with self._reporting("draft()"):
-                    draft = drafter.draft(batch.decode, rule, interrupted)
+                    draft = self.drafter.draft(batch.decode, rule, interrupted)
                     self._failures = 0
                     return draft
                 self._lost_seconds += self._clock() - started
@@ -365,8 +370,6 @@ class Engine:
     def _hand_over(self, batch: Batch, verified: Verified) -> None:
         """Give the drafter the committed tokens and the target's features."""
         drafter = self.drafter
-        if drafter is None:
-            return
         features = verified.features
         going_on = [
             i
@@ -398,8 +401,7 @@ class Engine:
     def _forget(self, requests: Sequence[Request]) -> None:
         self._dropped.difference_update(requests)
         for request in requests:
-            if self.drafter is not None:
-                self.drafter.release(request)
+            self.drafter.release(request)
             if request.media is not None:
                 request.media.forget()
 

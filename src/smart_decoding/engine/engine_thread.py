@@ -36,7 +36,7 @@ GIVE_UP = 3  # failures in a row without a surviving request: the engine itself 
 
 # Threads of this process that have requests, or do idle work. Idle work that measures needs all
 # cores for itself.
-_AT_WORK: set[Rounds] = set()
+_AT_WORK: set[EngineLoop] = set()
 
 
 class IdleWork(Protocol):
@@ -182,7 +182,7 @@ def _join(thread: threading.Thread, timeout: float) -> None:
 
 def _main(inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None:
     reason = "the engine has been shut down"
-    rounds = Rounds(inbox, observers, idle_work)
+    rounds = EngineLoop(inbox, observers, idle_work)
     try:
         rounds.run()
     except BaseException as error:
@@ -197,7 +197,7 @@ def _main(inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None
         job.left = 0
 
 
-class Rounds:
+class EngineLoop:
     """Owns the engines and the jobs in them; nothing here is called from another thread.
 
     Engines that share weights and KV memory take turns. A job waits until no other engine has
@@ -424,7 +424,7 @@ class Isolation:
     failure. failures: failed rounds in a row without a survivor.
     """
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: EngineLoop) -> None:
         self.failures = 0
         self._rounds = rounds
 

@@ -7,7 +7,7 @@ pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,10 +16,35 @@ import numpy as np
 from smart_decoding.engine.kv import PAGE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from smart_decoding.core.tree import IntArray
 
 # (first row, embeddings [rows, hidden])
 MultimodalEmbeddings: TypeAlias = Sequence[tuple[int, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """One image or video at the size that the model reads, in bytes until the tower reads it.
+
+    frames: [frames, 3, height, width], uint8; grid: (time, height, width) in patches; length:
+    positions that it takes; key: of the content: pictures with the same key have the same
+    embeddings; read: makes `values` of frames.
+    """
+
+    modality: str
+    frames: NDArray[Any]
+    grid: tuple[int, int, int]
+    length: int
+    key: bytes
+    read: Callable[[NDArray[Any]], NDArray[np.float32]]
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The tower's input, made anew each time: LLaVA's [channels, height, width] or Qwen2-VL's
+        patches [time * height * width, patch]."""
+        return self.read(self.frames)
 
 
 @dataclass(eq=False, slots=True)

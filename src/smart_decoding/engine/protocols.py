@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from smart_decoding.core.rule import Draft
+from smart_decoding.core.tree import DraftTrees
+
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import Acceptance
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.scheduler import Batch
 
@@ -114,3 +116,35 @@ class Drafter(Protocol):
 
     def release(self, request: Request) -> None:
         """Forget a request that ended or was preempted."""
+
+
+class NoDrafter:
+    """Proposes nothing, and keeps no state: plain decoding."""
+
+    name = "none"
+    has_model = False
+    free = False
+    aux_layers: tuple[int, ...] = ()
+    resting_layers: tuple[int, ...] = ()
+    needs_ends = False
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        """Return 0: there is no model."""
+        return 0
+
+    def draft(
+        self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+    ) -> Draft:
+        """Return trees without nodes."""
+        return Draft(DraftTrees.empty(len(requests)), rule)
+
+    def extend(
+        self, request: Request, features: Features, first: int, tokens: Sequence[int]
+    ) -> None:
+        """Do nothing: there is no state."""
+
+    def extend_each(self, requests: Sequence[Request], features: Features) -> None:
+        """Do nothing: there is no state."""
+
+    def release(self, request: Request) -> None:
+        """Do nothing: there is no state."""

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.kv import NO_STATE
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
 
 Ints: TypeAlias = NDArray[np.int32]
+# A request's seed and sample, and the output position of a token.
+Draw: TypeAlias = tuple[int, int, int]
+# Children of each row, best first, and their probabilities: [rows, k].
+Ranked: TypeAlias = tuple[IntArray, FloatArray]
 WINDOW = 512  # rows of a request that may wait for a drafter, with the features that they need
 
 
@@ -59,6 +63,29 @@ class Rows:
     def groups(self) -> int:
         """How many requests have rows."""
         return len(self.query_start_loc) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LevelRequest:
+    """The children required of every row. k: how many at most. temperature: [rows]. draws: [rows]
+    the noise that the target will draw the child with, so that the model can guess with the same
+    noise; empty if all temperatures are 0."""
+
+    k: int
+    temperature: FloatArray
+    draws: Sequence[Draw] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInputs:
+    """Inputs of a model that drafts a whole round in one call.
+
+    rows: all waiting rows. request: for the children of nodes at depth 0, 1, ... levels - 1,
+    request by request. slots: for the keys of nodes."""
+
+    rows: Rows
+    request: LevelRequest
+    slots: range
 
 
 @dataclass(slots=True)

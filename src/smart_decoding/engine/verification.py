@@ -17,8 +17,8 @@ from smart_decoding.engine.rows import RowLayout, Span, build_rows
 from smart_decoding.errors import require_finite
 
 if TYPE_CHECKING:
+    from smart_decoding.core.rule import Draft
     from smart_decoding.core.tree import Acceptance, IntArray
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.kv import Ints
     from smart_decoding.engine.protocols import Clock, Features
     from smart_decoding.engine.request import Request
@@ -94,7 +94,7 @@ def verify_by_rows(
 
 
 @dataclass(slots=True)
-class RoundRows:
+class VerificationRows:
     """A round's rows. spans: committed tokens, first of the requests that get a token, `emitting`,
     then of unfinished prompts, `going_on`. nodes: the nodes to verify. scored: requests that miss
     log probabilities of their prompts, each with the rows of `logits` that give them."""
@@ -107,7 +107,7 @@ class RoundRows:
     scored: list[tuple[Request, list[int]]]
 
 
-def lay_out(batch: Batch, draft: Draft) -> RoundRows:
+def lay_out(batch: Batch, draft: Draft) -> VerificationRows:
     """Return the rows of a round."""
     trees, kept = draft.trees, draft.kept
     ending = [(r, n) for r, n in batch.prefill if n == r.pending]
@@ -120,13 +120,13 @@ def lay_out(batch: Batch, draft: Draft) -> RoundRows:
     nodes = trees.take(kept, len(emitting)) if len(trees) else DraftTrees.empty(len(emitting))
     layout = build_rows(spans, nodes, [i < len(emitting) for i in range(len(spans))])
     scored = _prompt_rows([*emitting, *going_on], spans, layout)
-    return RoundRows(spans, emitting, going_on, nodes, layout, scored)
+    return VerificationRows(spans, emitting, going_on, nodes, layout, scored)
 
 
 def _prompt_rows(
     requests: Sequence[Request], spans: Sequence[Span], layout: RowLayout
 ) -> list[tuple[Request, list[int]]]:
-    """Return `RoundRows.scored`, and request the logits of these rows behind all others."""
+    """Return `VerificationRows.scored`, and request the logits of these rows behind all others."""
     scored = []
     for request, span, last in zip(requests, spans, layout.last, strict=True):
         if request.prompt_logprobs is None or not request.scores_prompt:
@@ -144,7 +144,7 @@ def _prompt_rows(
 
 
 def settle(
-    model: RowModel, rows: RoundRows, scores: TargetScores, forward_seconds: float
+    model: RowModel, rows: VerificationRows, scores: TargetScores, forward_seconds: float
 ) -> Verified:
     """Draw tokens down the trees, move the keys of accepted nodes, and advance recurrent states."""
     sample_start = model.clock()

@@ -3,13 +3,14 @@ one call drafts a whole round (drafting.cpp)."""
 
 from __future__ import annotations
 
+import functools
 from ctypes import Structure, byref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
-from smart_decoding.core.rule import NO_NODES
+from smart_decoding.core.rule import NO_NODES, Draft
 from smart_decoding.core.selection import (
     RANKS,
     Beam,
@@ -18,11 +19,11 @@ from smart_decoding.core.selection import (
     LookAhead,
     MarginalRatio,
     RoundCosts,
+    Selection,
     Topology,
     is_data,
 )
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.engine.drafting import Draft, Selection
 from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
 
@@ -43,7 +44,13 @@ _CALIBRATION = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTH
 
 def fastest_selection() -> Selection:
     """Follow rules in native code where kernels run, else in numpy."""
-    return Selection() if library.unavailable() else NativeSelection()
+    return Selection() if library.unavailable() else native_selection()
+
+
+@functools.cache
+def native_selection() -> NativeSelection:
+    """Return the one of this process. Raises ConfigError where no kernels run."""
+    return NativeSelection()
 
 
 class FirstLevel(NamedTuple):
@@ -60,16 +67,12 @@ class FirstLevel(NamedTuple):
 
 
 class NativeSelection(Selection):
-    """Follows rules in native code. A rule with parts of a user's own runs in Python. Raises
-    ConfigError where no kernels run."""
+    """Follows rules in native code. A rule with parts of a user's own runs in Python. Threads may
+    share one. Raises ConfigError where no kernels run."""
 
     def __init__(self) -> None:
         self._library = library.library()
-        self._native: _NativeRule | None = None
-
-    def __reduce__(self) -> tuple[type[NativeSelection], tuple[()]]:
-        """Begin anew in a copy."""
-        return NativeSelection, ()
+        self._last: _NativeRule | None = None
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `TreeRule.frontier`."""
@@ -132,13 +135,14 @@ class NativeSelection(Selection):
 
     def _of(self, rule: TreeRule, trees: DraftTrees) -> Structure:
         """Return the rule's structure, with calibration for all sources of these trees."""
-        if self._native is None or self._native.rule is not rule:
-            self._native = _NativeRule(rule, self._native)
+        native = self._last
+        if native is None or native.rule is not rule:
+            native = self._last = _NativeRule(rule, native)
         if rule.scores is not None:
             calibration = rule.scores.calibration
             calibration.reserve(int(trees.source.max(initial=0)))
-            self._native.struct.calibration.table = address(calibration.table)
-        return self._native.struct
+            native.struct.calibration.table = address(calibration.table)
+        return native.struct
 
 
 class _Arrays:

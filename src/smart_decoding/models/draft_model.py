@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections import ChainMap
 from ctypes import addressof
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from smart_decoding.kernels.selection import NativeSelection
+from smart_decoding.kernels.selection import native_selection
 from smart_decoding.kernels.weights import IF_FASTER
 from smart_decoding.models.cpu.kernel_check import use_native
-from smart_decoding.models.cpu.native_level import LevelCall, first_level
+from smart_decoding.models.cpu.native_level import LevelCall, fill_first_level
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.sampling.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
-    from smart_decoding.engine.drafting import Draft
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
     from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.checkpoints.loading import Checkpoint
 
@@ -57,7 +53,6 @@ class DraftModel:
         self._target = target
         self._pages = (pages, scratch_pages)
         self._native = use_native(c, target.device, target.allow_slow)
-        self._selection = NativeSelection() if self._native else None
         self.drafts_rounds = self._native
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
@@ -102,14 +97,11 @@ class DraftModel:
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return ranked(self._decoder.forward(rows).logits, self._tokens, request, self._native)
 
-    def prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
-    ) -> Callable[[], Draft]:
-        """Return the one call that drafts a round, as the rule says, beside `proposed`."""
-        assert self._selection is not None
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs) -> Draft:
+        """Draft a round as the rule says, in one call, and merge it with `proposed`."""
         assert self._decoder.model is not None
         k = min(inputs.request.k, self.config.vocab)
         call = LevelCall(True, inputs.rows, None, proposed.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
-        first = first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)
-        return partial(self._selection.draft, rule, proposed, first)
+        first = fill_first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)
+        return native_selection().draft(rule, proposed, first)

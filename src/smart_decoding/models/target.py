@@ -15,20 +15,20 @@ from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.verification import lay_out, settle, verify_by_rows
 from smart_decoding.errors import CapacityError, ConfigError, require_finite
 from smart_decoding.models.cpu.kernel_check import use_native, why_slow
-from smart_decoding.models.cpu.native_round import NativeBatch, draws_unchanged
 from smart_decoding.models.cpu.native_states import snapshots_of
+from smart_decoding.models.cpu.native_verification import NativeBatch, draws_unchanged
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.families.vision import VisionTower
 from smart_decoding.models.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.drafting import Draft
+    from smart_decoding.core.rule import Draft
+    from smart_decoding.engine.media import Pixels
     from smart_decoding.engine.protocols import Verified
     from smart_decoding.engine.rows import Rows
     from smart_decoding.engine.scheduler import Batch
     from smart_decoding.engine.verification import TargetScores
     from smart_decoding.models.checkpoints.loading import Checkpoint
-    from smart_decoding.multimodal.pixels import Pixels
 
 # what torch says where memory is short; not of an illegal access to it
 _LACKING = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)

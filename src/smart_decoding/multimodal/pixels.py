@@ -8,10 +8,8 @@ forms the PIL one is always used, so that an answer does not depend on other ins
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,42 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.engine.media import Pixels
+from smart_decoding.errors import ConfigError
 from smart_decoding.files import reading
+from smart_decoding.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NEEDED = (
-    "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
-)
 MAX_PADDED = 1 << 24  # pixels of the square that some processors pad an image to
 # Options of a processor: to stop while values are bytes, and to go on from there.
 _AS_BYTES = {"do_rescale": False, "do_normalize": False}
 _FROM_BYTES = {"do_convert_rgb": False, "input_data_format": "channels_first"}
-
-
-@dataclass(frozen=True, slots=True)
-class Pixels:
-    """One image or video at the size that the model reads, in bytes until the tower reads it.
-
-    frames: [frames, 3, height, width], uint8; grid: (time, height, width) in patches; length:
-    positions that it takes; key: of the content: pictures with the same key have the same
-    embeddings; read: makes `values` of frames.
-    """
-
-    modality: str
-    frames: NDArray[Any]
-    grid: tuple[int, int, int]
-    length: int
-    key: bytes
-    read: Callable[[NDArray[Any]], NDArray[np.float32]]
-
-    @property
-    def values(self) -> NDArray[np.float32]:
-        """The tower's input, made anew each time: LLaVA's [channels, height, width] or Qwen2-VL's
-        patches [time * height * width, patch]."""
-        return self.read(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,24 +270,3 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
                 f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(known)}"
             )
     return type(processor)(**{**processor.to_dict(), **options})
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Import and load without notices about other packages; ModelError without transformers."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    try:
-        import transformers.utils.logging  # noqa: F401  # it sets the level
-
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        import PIL  # noqa: F401
-
-        yield
-    except ModuleNotFoundError as error:
-        if error.name in ("transformers", "PIL"):
-            raise ModelError(NEEDED) from error
-        raise
-    finally:
-        logger.setLevel(level)

@@ -18,8 +18,9 @@ from smart_decoding.multimodal.messages import Conversations, Message, PictureSo
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
+    from smart_decoding.engine.media import Pixels
     from smart_decoding.models.text.tokenizer import Tokenizer
-    from smart_decoding.multimodal.pixels import PixelReader, Pixels, Room
+    from smart_decoding.multimodal.pixels import PixelReader, Room
 
 
 @dataclass(frozen=True, slots=True)

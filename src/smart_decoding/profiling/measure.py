@@ -17,7 +17,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints, PagePool
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.kernels.limits import preemptions
-from smart_decoding.models.cpu.native_round import NativeBatch
+from smart_decoding.models.cpu.native_verification import NativeBatch
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 from smart_decoding.progress import long_step
 

@@ -16,8 +16,8 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 
 if TYPE_CHECKING:
+    from smart_decoding.core.rule import Draft
     from smart_decoding.drafters.levels import LevelDrafter
-    from smart_decoding.engine.drafting import Draft
 
 CHILDREN = 8
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes

@@ -177,7 +177,7 @@ class Live(Watcher):
             "name": self.name,
             "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
             "chat": llm.tokenizer.template is not None,
-            "drafts": engine.drafter is not None,
+            "drafts": engine.drafts,
             "policy": engine.policy.name,
             "speculation": llm.speculation.description,
             "running": len(engine.scheduler.running),

@@ -177,10 +177,10 @@ class TrainableHead(nn.Module):
         if self.form.fused:
             return aux_hidden
         if not self.form.fc_norm:
-            return cast(Tensor, self.fc(aux_hidden))
+            return cast("Tensor", self.fc(aux_hidden))
         parts = aux_hidden.chunk(len(self.fc_norm), dim=-1)
         normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
-        return cast(Tensor, self.fc(torch.cat(normed, dim=-1)))
+        return cast("Tensor", self.fc(torch.cat(normed, dim=-1)))
 
     def forward(
         self,
@@ -207,7 +207,7 @@ class TrainableHead(nn.Module):
         out = self._attend(self._rotate(q), chain)
         g = g + self.o_proj(out.transpose(1, 2).reshape(batch, n, -1))
         gate, up = self.gate_up(self.post_attention_layernorm(g)).chunk(2, dim=-1)
-        return cast(Tensor, g + self.down_proj(F.silu(gate) * up))
+        return cast("Tensor", g + self.down_proj(F.silu(gate) * up))
 
     def _layer_input(
         self, g: Tensor, embedded: Tensor, visual: Tensor | None
@@ -250,8 +250,8 @@ class TrainableHead(nn.Module):
 
     def _rotate(self, x: Tensor) -> Tensor:
         n = x.shape[2]
-        cosine = cast(Tensor, self.cosine)[:n]
-        sine = cast(Tensor, self.sine)[:n]
+        cosine = cast("Tensor", self.cosine)[:n]
+        sine = cast("Tensor", self.sine)[:n]
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 
@@ -271,7 +271,7 @@ class TrainableHead(nn.Module):
             "lm_head.weight": None if self.lm_head is None else self.lm_head.weight,
         }
         for i, norm in enumerate(self.fc_norm):
-            tensors[f"fc_norm.{i}.weight"] = cast(RMSNorm, norm).weight
+            tensors[f"fc_norm.{i}.weight"] = cast("RMSNorm", norm).weight
         if not self.form.fused:
             tensors["norm.weight"] = self.norm.weight
             tensors[f"{FIRST}input_layernorm.weight"] = self.input_layernorm.weight

@@ -7,8 +7,9 @@ import numpy as np
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.selection import Selection
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.engine.drafting import Selection, draft_by_levels
+from smart_decoding.drafters.levels import draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.loops import MIN_TOKENS
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -73,7 +74,7 @@ class RuleDrafter:
         proposed = DraftTrees.empty(len(requests)) if proposed is None else proposed
         return draft_by_levels(self, requests, rule, interrupted, proposed, Selection(), self.clock)
 
-    def first_level(self, requests, rule):
+    def propose_roots(self, requests, rule):
         trees = DraftTrees.empty(len(requests))
         self.clock.now += self.row_seconds * (self.pending_rows(requests) - len(requests))
         self.pending.update((r.id, 0) for r in requests)

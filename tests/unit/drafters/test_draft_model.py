@@ -201,7 +201,7 @@ def test_a_cached_prefix_that_was_never_drafted_on_is_run_then() -> None:
     caching = engine("eagle2", pages=12, max_model_len=160)
     for seed in range(11, 15):  # the draft model's keys of other text are in all pages
         first_draft(caching, prompts(1, seed=seed)[0][:1] * 138)
-    assert caching.drafter._kept[:12].all()  # type: ignore[union-attr]
+    assert caching.drafter._page_keys[:12].all()  # type: ignore[union-attr]
     answer(caching, [first], tokens=1)
     assert first_draft(caching, second) == first_draft(engine("eagle2"), second)
 
@@ -214,7 +214,7 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 16 <= rows <= 64
     # keys of a cut context serve nobody else
     assert first_draft(drafting, [*prompt, 1])[1] <= 64
-    assert not drafting.drafter._kept.any()
+    assert not drafting.drafter._page_keys.any()
 
 
 @pytest.mark.parametrize("explicit", [True, False])

@@ -94,7 +94,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     drafter.extend(request, aux_hidden[10:], 10, tokens[10:n])
 
     rule = TreeRule(3, 4, np.array([9]), NO_NODES, Beam(2), KeepBest(9))
-    trees = drafter.first_level([request], rule)
+    trees = drafter.propose_roots([request], rule)
     first = int(np.argmax(trees.draft_prob))
     drafter.next_level([request], trees, np.array([first, (first + 1) % 4]), rule)
     second = 4 + int(np.argmax(trees.draft_prob[4:12]))
@@ -165,13 +165,13 @@ def test_a_draft_that_fails_leaves_the_features_to_the_next_one(
     with monkeypatch.context() as patched:
         patched.setattr(head.levels, "first", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            drafter.first_level([request], rule)
-    again = drafter.first_level([request], rule)
+            drafter.propose_roots([request], rule)
+    again = drafter.propose_roots([request], rule)
     assert drafter._states[id(request)].parts == []
     request.params = SamplingParams(temperature=0.0)  # nearly 0 is greedy, for drafts, too
     other = EagleDrafter(head, PAGES, SCRATCH)
     other.extend(request, features, 0, tokens[:29])
-    assert np.array_equal(again.draft_prob, other.first_level([request], rule).draft_prob)
+    assert np.array_equal(again.draft_prob, other.propose_roots([request], rule).draft_prob)
 
 
 def _held(part: object) -> int:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from smart_decoding.core.rule import Draft
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.engine import BETWEEN_COPIES
 from smart_decoding.engine.kv import NO_STATE, OutOfPagesError, PagePool
 from smart_decoding.engine.rows import Span, build_rows

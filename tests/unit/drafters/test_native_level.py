@@ -12,9 +12,9 @@ import torch
 from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.drafters.levels import LevelRequest
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
+from smart_decoding.engine.rows import LevelRequest
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, pack
@@ -109,7 +109,7 @@ def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
     drafter, requests = waiting(head, temperatures)
     limits = np.full(len(requests), 9)
     rule = TreeRule(3, 4, limits, NO_NODES, Beam(2), KeepBest(9))
-    trees = drafter.first_level(requests, rule)
+    trees = drafter.propose_roots(requests, rule)
     drafter.next_level(requests, trees, np.arange(0, len(trees), 2), rule)
     drafter.next_level(requests, trees, np.flatnonzero(trees.depth == 2)[::3], rule)
     return trees

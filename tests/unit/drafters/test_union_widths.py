@@ -12,15 +12,15 @@ from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.kernels import ops
+from smart_decoding.kernels.selection import native_selection
 from smart_decoding.models.draft_model import DraftModel
 
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.drafters.levels import LevelRequest
     from smart_decoding.engine.engine import Engine
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import LevelRequest, Rows
 
 
 class ByLevel(DraftModelDrafter):
@@ -99,18 +99,19 @@ class Watched:
         return int(self._inner.smart_draft(*arguments))
 
 
-def test_few_frames_lie_between_a_step_and_the_native_draft() -> None:
+def test_few_frames_lie_between_a_step_and_the_native_draft(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = engine_with(SCRATCH, in_one_call=True)
-    union: Any = engine.drafter
-    selection = union.model._model._selection
+    selection = native_selection()
     found: list[list[str]] = []
-    selection._library = Watched(selection._library, found)
+    monkeypatch.setattr(selection, "_library", Watched(selection._library, found))
     while engine.has_unfinished_requests:
         engine.step()
     assert found
     for names in found:
-        drafts = ["NativeSelection.draft", "LevelDrafter.draft", "UnionDrafter.draft"]
-        assert names == [*drafts, "Engine._draft"]
+        model = ["NativeSelection.draft", "DraftModel.draft", "DraftModelDrafter._draft_round"]
+        assert names == [*model, "LevelDrafter.draft", "UnionDrafter.draft", "Engine._draft"]
 
 
 def test_few_frames_lie_between_a_step_and_the_native_verification(

@@ -11,8 +11,9 @@ import torch
 
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.selection import Selection
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
+from smart_decoding.drafters.levels import draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -20,7 +21,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from .fake_target import FakeTarget
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.engine.request import Request
 
 VOCAB = 23
@@ -109,7 +110,7 @@ class FakeDrafter:
             self, requests, rule, interrupted, proposed, selection, self.target.clock
         )
 
-    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def propose_roots(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         for request in requests:
             assert (
                 self.known.get(request, request.table.length)

@@ -11,12 +11,12 @@ import pytest
 
 from smart_decoding.core.batch import BatchState
 from smart_decoding.core.policies.base import StatelessPolicy
-from smart_decoding.core.rule import TreeRule
-from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts, SkipModel
+from smart_decoding.core.rule import Draft, TreeRule
+from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts, Selection, SkipModel
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.levels import draft_by_levels
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
 
 from .fakes import Clock, alone, finish, make_engine, random_requests
 
@@ -45,7 +45,7 @@ class Levels:
     def pending_rows(self, requests: Sequence[Request]) -> int:
         return 1
 
-    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def propose_roots(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         self.calls.append("first")
         self.clock.now += 1.0
         return tree(1)

@@ -7,7 +7,7 @@ import pytest
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine import engine as engine_module
 from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.engine_thread import Rounds
+from smart_decoding.engine.engine_thread import EngineLoop
 from smart_decoding.engine.inbox import Inbox
 from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.observers import Observers
@@ -459,7 +459,7 @@ def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:
 
 
 def test_who_ended_before_it_began_waits_no_more() -> None:
-    rounds = Rounds(Inbox(), Observers(), [])
+    rounds = EngineLoop(Inbox(), Observers(), [])
     engine = make_engine(max_num_seqs=1)
     jobs = [Job(name, engine, [Ask([1, 2], greedy())]) for name in ("a", "b", "c")]
     for job in jobs:

@@ -31,14 +31,10 @@ from smart_decoding.speculation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.protocols import Drafter
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
 
 
 class HostDraftModel:
@@ -72,9 +68,7 @@ class HostDraftModel:
             drafter.widest = 1
         return drafter
 
-    def prepare(
-        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
-    ) -> Callable[[], Draft]:
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: DraftInputs) -> Draft:
         """Raise: this model drafts level by level."""
         raise NotImplementedError
 

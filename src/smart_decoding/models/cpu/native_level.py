@@ -8,9 +8,8 @@ target of quants all of its matrices have 8 bits, or fewer if they are stored so
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import Structure
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer
-from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
+from smart_decoding.kernels.selection import FirstLevel, most_expanded, native_selection
 from smart_decoding.kernels.weights import (
     IF_FASTER,
     Arena,
@@ -35,11 +34,9 @@ from smart_decoding.models.sampling.ranking import noise_of, noise_of_levels
 from smart_decoding.models.torch.layers import KVCache, NativeLayers, converted
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.rule import Draft, TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
-    from smart_decoding.engine.drafting import Draft
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
     from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.heads.weights import HeadWeights
 
@@ -58,7 +55,6 @@ class NativeLevel:
         self._head, self._keep = _structure(weights, *self._ranking)
         self._outputs = torch.empty(64, weights.files.shape.hidden)
         self._count = 0
-        self._selection = NativeSelection()
 
     def follows(self, rule: TreeRule) -> bool:
         """See `SteppedLevels`."""
@@ -96,14 +92,14 @@ class NativeLevel:
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
         return self._run(False, rows, features, len(rows), request)
 
-    def prepare(
+    def draft(
         self,
         rule: TreeRule,
         proposed: DraftTrees,
-        inputs: RoundInputs,
+        inputs: DraftInputs,
         parts: Sequence[FeaturePart],
-    ) -> Callable[[], Draft]:
-        """Return the one call that drafts a round, as the rule says, beside `proposed`."""
+    ) -> Draft:
+        """Draft a round as the rule says, in one call, and merge it with `proposed`."""
         batch = proposed.batch
         kept = [readable(part) for part in parts]
         self._count = 0
@@ -112,7 +108,7 @@ class NativeLevel:
         call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k, kept)
         call.struct.out = self._outputs.data_ptr()
         kv = self.kv
-        first = first_level(
+        first = fill_first_level(
             inputs,
             call,
             self.rotary,
@@ -124,7 +120,7 @@ class NativeLevel:
             w_bf16=self._bf16,
             kv_bf16=kv.keys.dtype == torch.bfloat16,
         )
-        return partial(self._selection.draft, rule, proposed, first)
+        return native_selection().draft(rule, proposed, first)
 
     def _run(
         self, first: bool, rows: Rows, features: IntArray, ranked_rows: int, request: LevelRequest
@@ -176,8 +172,8 @@ class LevelCall:
         )
 
 
-def first_level(
-    inputs: RoundInputs, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
+def fill_first_level(
+    inputs: DraftInputs, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
 ) -> FirstLevel:
     """Return a round's first level. drafts: the fields of the structure Drafter that say who
     drafts."""

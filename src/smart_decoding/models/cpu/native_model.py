@@ -18,7 +18,7 @@ from smart_decoding.core.tree import Acceptance
 from smart_decoding.engine.verification import TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer
-from smart_decoding.models.cpu.native_round import NativeBatch, NativeRound
+from smart_decoding.models.cpu.native_verification import NativeBatch, NativeVerified
 from smart_decoding.models.sampling.drawing import draws_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class NativeModel:
             return None
         return partial(self.states.advance, self.struct, rows)
 
-    def verify(self, batch: NativeBatch) -> NativeRound:
+    def verify(self, batch: NativeBatch) -> NativeVerified:
         """Verify a round in one call: the forward, tokens down the trees, and the moves of keys."""
         draws = None if batch.specs is None else draws_of(batch.specs)
         requests = len(batch.roots)
@@ -135,7 +135,7 @@ class NativeModel:
         acceptance = _acceptance(found, requests) if decided else None
         scores = TargetScores(logits, aux_hidden, experts=self._awake)
         first = found[4, :requests].tolist()
-        return NativeRound(acceptance, scores, rows, first, *self._seconds.tolist())
+        return NativeVerified(acceptance, scores, rows, first, *self._seconds.tolist())
 
     @property
     def _awake(self) -> float:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from smart_decoding.files import reading
 from smart_decoding.models.checkpoints.weight_files import Weights
 from smart_decoding.models.families.config import ModelConfig, check_shapes
 from smart_decoding.models.families.reading import config_from_hf
-from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
+from smart_decoding.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.media import Pixels
 
 # Architecture: the parts of its checkpoint beside the language model's.
 ARCHITECTURES = {

@@ -11,6 +11,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
+from smart_decoding.models.heads.features import apart
 from smart_decoding.models.heads.files import scheme_of
 from smart_decoding.models.heads.forms import MTP_LAYER
 from smart_decoding.models.heads.vocabulary import DraftVocabulary
@@ -21,7 +22,7 @@ from smart_decoding.models.torch.layers import KVCache
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
-    from smart_decoding.models.heads.features import Features
+    from smart_decoding.models.heads.features import FeaturePart, Features
     from smart_decoding.models.heads.files import HeadFiles
 
 
@@ -90,6 +91,11 @@ class EagleHead:
             places, new = self._vocabulary.use(tokens)
             if len(new):
                 self.levels.replace(places, new)
+
+    def apart(self, part: FeaturePart) -> FeaturePart:
+        """Return the part, copied where it is a small piece of an array that it would keep alive
+        whole."""
+        return apart(part)
 
     def take(self, features: Features, row: int) -> Features:
         """Return a row of aux hidden states: [1, width], a copy."""

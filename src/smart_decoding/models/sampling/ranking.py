@@ -16,7 +16,7 @@ from smart_decoding.models.torch.device_sampling import perturbed
 from smart_decoding.models.torch.rows import download, upload
 
 if TYPE_CHECKING:
-    from smart_decoding.drafters.levels import LevelRequest, Ranked
+    from smart_decoding.engine.rows import LevelRequest, Ranked
     from smart_decoding.models.sampling.processors import FloatRow
 
 

@@ -27,7 +27,7 @@ from smart_decoding.models.torch.rows import download, upload
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.selection import Fixed
-    from smart_decoding.drafters.levels import RoundInputs
+    from smart_decoding.engine.rows import DraftInputs
     from smart_decoding.models.torch.rows import DeviceRows
 
 DEAD = -torch.inf  # log probability of what a rule would not expand, where there is nothing better
@@ -36,7 +36,7 @@ DEAD = -torch.inf  # log probability of what a rule would not expand, where ther
 class DeviceDraft:
     """One round."""
 
-    def __init__(self, rule: TreeRule, fixed: Fixed, inputs: RoundInputs, tokens: Tensor) -> None:
+    def __init__(self, rule: TreeRule, fixed: Fixed, inputs: DraftInputs, tokens: Tensor) -> None:
         rows = inputs.rows
         self._batch = batch = len(rows.query_start_loc) - 1
         self._k = min(inputs.request.k, len(tokens))

@@ -9,16 +9,16 @@ comes out. `HeadForm` says which, and docs/eagle-heads.md has the conventions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.core.rule import Draft
 from smart_decoding.core.selection import Fixed
-from smart_decoding.engine.drafting import Draft, added
+from smart_decoding.core.tree import added
 from smart_decoding.kernels.selection import fastest_selection
 from smart_decoding.models.families.decoder import put
 from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows
@@ -31,8 +31,7 @@ from smart_decoding.models.torch.torch_layers import Linear, rms_norm
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import DraftInputs, LevelRequest, Ranked, Rows
     from smart_decoding.models.heads.weights import HeadWeights
 
 
@@ -67,7 +66,6 @@ class SteppedLevels:
         self._draft_ids = weights.draft_ids
         self._rows_of = weights.rows_of
         self._round: list[Tensor] = []
-        self._selection = fastest_selection()
         self.device_chooses = DEVICE_CHOOSES and target.device.type == "cuda"
 
     @torch.inference_mode()
@@ -96,25 +94,16 @@ class SteppedLevels:
         """Return whether a device can choose what levels expand: their widths are known before."""
         return self.device_chooses and Fixed.before(rule) is not None
 
-    def prepare(
-        self,
-        rule: TreeRule,
-        proposed: DraftTrees,
-        inputs: RoundInputs,
-        parts: Sequence[FeaturePart],
-    ) -> Callable[[], Draft]:
-        """Return the one call that drafts all levels of a rule of which `Fixed.before` knows the
-        widths, beside `proposed`; the host waits for a device once."""
-        return partial(self._draft, rule, proposed, inputs, parts)
-
     @torch.inference_mode()
-    def _draft(
+    def draft(
         self,
         rule: TreeRule,
         proposed: DraftTrees,
-        inputs: RoundInputs,
+        inputs: DraftInputs,
         parts: Sequence[FeaturePart],
     ) -> Draft:
+        """Draft all levels of a rule of which `Fixed.before` knows the widths, and merge them with
+        `proposed`; the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
         round = DeviceDraft(rule, fixed, inputs, self._draft_ids)
@@ -127,7 +116,7 @@ class SteppedLevels:
         drafted, expanded, seconds = round.fetch()
         trees = added(proposed, drafted)
         began = time.perf_counter()
-        kept = self._selection.select(rule, trees)
+        kept = fastest_selection().select(rule, trees)
         choosing = time.perf_counter() - began
         return Draft(trees, rule, kept, [len(inputs.rows), *expanded], seconds, choosing)
 

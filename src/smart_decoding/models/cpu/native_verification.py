@@ -1,16 +1,17 @@
-"""What a round's verification in one call of the kernels is given, and what comes of it."""
+"""Inputs and results of one native verification."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from smart_decoding.engine.history import specs_of
 from smart_decoding.engine.protocols import Committed, Verified
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from smart_decoding.core.rule import Draft
     from smart_decoding.core.tree import Acceptance, DraftTrees, IntArray
-    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.history import SampleSpec
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.scheduler import Batch
@@ -67,8 +68,8 @@ class NativeBatch(NamedTuple):
         )
 
 
-class NativeRound(NamedTuple):
-    """What came of it.
+class NativeVerified(NamedTuple):
+    """Result of one native verification.
 
     acceptance: None where the forward is all that was done, since rounding would decide a token.
     scores: of all rows; logits only where `specs` were given. first: the row of each request's root
