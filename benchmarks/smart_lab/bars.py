@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 # Title of a panel, and the run that it shows.
 PANELS = (
-    ("AVX-512 (Zen 5)", "zen5/2026-12-01-gguf.json"),
+    ("AVX-512 (Zen 5)", "zen5/2026-12-02-gguf.json"),
     ("AVX2 alone (the same CPU)", "zen5/2026-12-01-gguf-avx2.json"),
 )
 # Name in the legend, contestants whose best is shown, colour.

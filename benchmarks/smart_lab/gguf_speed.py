@@ -16,7 +16,7 @@ intervals. A forward of a few rows, a prompt and a read of memory are timed befo
 Other engines answer too where they are given: ik_llama.cpp, which tunes its speculation itself,
 OpenVINO GenAI, which reads the file, and vLLM's CPU build, which gets the file's weights in bf16.
 
-Needed by the README's first table (zen5/2026-12-01-gguf.json).
+Needed by the README's first table (zen5/2026-12-02-gguf.json).
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_entries_of_the_log_have_dates_newest_first() -> None:
     assert sorted(headings, key=lambda h: h[:10], reverse=True) == headings
 
 
-GGUF_RUN = ROOT / "benchmarks" / "results" / "zen5" / "2026-12-01-gguf.json"
+GGUF_RUN = ROOT / "benchmarks" / "results" / "zen5" / "2026-12-02-gguf.json"
 
 
 def readme_and_runs() -> tuple[str, dict[int, Any]]:

@@ -1,7 +1,7 @@
 """The header of a GGUF file: what a model says of itself, and where its tensors lie.
 
 A header may be damaged, or made by a stranger: lengths are compared with the file's, and values are
-counted. Its format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+counted. Its format is that of ggml, which describes it in a page gguf.md.
 """
 
 from __future__ import annotations
