@@ -397,12 +397,12 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     shape = shape_of(4, 4 * 1000)
     prediction = policy.predict(shape)
     exploration = policy.state.exploration
-    assert prediction.price(Mode.MODEL) > OVERDRAFT
+    assert prediction.prices[Mode.MODEL] > OVERDRAFT
     for _ in range(HORIZON):
         exploration.observe_best(4)
     assert exploration.wait(4) == 0
     assert choose(prediction, policy.state, shape).mode is Mode.PLAIN
-    while exploration.wait(4, prediction.price(Mode.MODEL)) > 0:
+    while exploration.wait(4, prediction.prices[Mode.MODEL]) > 0:
         exploration.observe_best(4)
     assert choose(prediction, policy.state, shape).mode is Mode.MODEL
 
@@ -412,7 +412,7 @@ def test_a_batch_may_not_spend_before_it_has_earned() -> None:
         policy = make_policy("smart", cost=HOPELESS)
         shape = shape_of(size, 150 * size)
         prediction = policy.predict(shape)
-        assert OVERDRAFT / 4 + 1 < prediction.price(Mode.MODEL) < OVERDRAFT
+        assert OVERDRAFT / 4 + 1 < prediction.prices[Mode.MODEL] < OVERDRAFT
         for _ in range(HORIZON):
             policy.state.exploration.observe_best(size)
         assert choose(prediction, policy.state, shape).mode is chosen

@@ -97,7 +97,8 @@ class Smart:
         if not shape.drafting:
             return None
         learn_plain(state)
-        choice = self._choice = choose(self.predict(shape), state, shape, recovery)
+        prediction = predict(state, shape, self.max_levels)
+        choice = self._choice = choose(prediction, state, shape, recovery)
         apply(choice, state, shape.size)
         if choice.mode is Mode.PLAIN:
             return None

@@ -80,7 +80,7 @@ def choose(
     `recovery` rounds, after which longer rounds are allowed."""
     best = prediction.best
     exploration = state.exploration
-    prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
+    prices = prediction.prices
     if exploration.left > 0 and best is state.best and state.explored in prices:
         return Choice(state.explored, best, prediction)
     waits = {mode: exploration.wait(shape.size, price) for mode, price in prices.items()}
@@ -101,6 +101,6 @@ def apply(choice: Choice, state: SmartState, size: int) -> None:
         state.exploration.stop()
     if choice.begins:
         state.explored = choice.mode
-        state.exploration.begin(size, choice.prediction.price(choice.mode))
+        state.exploration.begin(size, choice.prediction.prices[choice.mode])
     if choice.backoff:
         state.backoff.begin(choice.backoff, size)

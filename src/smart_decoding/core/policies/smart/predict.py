@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,16 +93,19 @@ class Prediction:
     expand: LookAhead
     keep: Mapping[Mode, BestRate]
     skip_model: SkipModel | None
+    best: Mode = field(init=False)  # of the highest rate
+    # Plain rounds that a run in another mode loses against the best one, about.
+    prices: Mapping[Mode, float] = field(init=False)
 
-    @property
-    def best(self) -> Mode:
-        """The mode of the highest rate."""
-        return max(self.rates, key=self.rates.__getitem__)
-
-    def price(self, mode: Mode) -> float:
-        """Return plain rounds that a run in the mode loses against the best one, about."""
-        lost = RUN * (1.0 - self.rates[mode] / self.rates[self.best])
-        return lost + (self.catch_up / self.plain if mode is Mode.MODEL else 0.0)
+    def __post_init__(self) -> None:
+        rates = self.rates
+        best = max(rates, key=rates.__getitem__)
+        prices = {mode: RUN * (1.0 - rate / rates[best]) for mode, rate in rates.items()}
+        del prices[best]
+        if Mode.MODEL in prices:
+            prices[Mode.MODEL] += self.catch_up / self.plain
+        object.__setattr__(self, "best", best)
+        object.__setattr__(self, "prices", prices)
 
 
 def predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
