@@ -118,7 +118,7 @@ def test_a_forward_reads_no_more_than_the_file_holds() -> None:
         networks = [NetworkWeights(*(rest[name] for name in ("gate", "up", "down")))]
         parts = {"qkv": qkv, "qkv_bias": bias, "output": rest["output"], "networks": networks}
         layer = LayerWeights(12, 2, 128, 1e-6, **parts, **vectors)
-        packed = NativeLayers([layer], arena)._keep
+        packed = NativeLayers([layer], arena)._alive
         both = 4 * (2 * hidden + len(bias))
         read += 14 * (both + sum(each.nbytes for each in packed if isinstance(each, PackedWeight)))
         held += 14 * (both + sum(each.rows.nbytes for each in (*qkv, *rest.values())))

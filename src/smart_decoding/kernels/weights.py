@@ -86,18 +86,18 @@ class Arena:
     It grows a block at a time.
 
     size: bytes expected in all. in_bytes: when inputs of quants are rounded to 8 bits: NEVER,
-    ALWAYS, or IF_FASTER, for models that only draft. kept: strips that were packed before, in the
+    ALWAYS, or IF_FASTER, for models that only draft. cached: strips that were packed before, in the
     same order. hint: the cache that forwards prefetch weights into. Weights larger than the caches
     go past them, where that is as fast: other data then stays cached."""
 
     HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
 
-    def __init__(self, size: int, in_bytes: int = NEVER, kept: Tensor | None = None) -> None:
+    def __init__(self, size: int, in_bytes: int = NEVER, cached: Tensor | None = None) -> None:
         self.in_bytes = in_bytes
-        self.strips: list[Tensor] = []  # all strips, packed now or kept
-        self.all_kept = True
+        self.strips: list[Tensor] = []  # all strips, packed now or cached
+        self.all_cached = True
         self.nbytes = 0  # bytes of all weights in it
-        self._kept = kept
+        self._cached = cached
         self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
         self._left = size
         self._free = torch.empty(0, dtype=torch.uint8)
@@ -117,15 +117,15 @@ class Arena:
         """Return the next `size` bytes, filled by `pack_into`. Kept ones are returned instead if
         their first `sample` bytes equal its output."""
         size += -size % 64
-        memory = self._next_kept(size)
+        memory = self._next_cached(size)
         if memory is not None:
             first = torch.empty(sample, dtype=torch.uint8)
             pack_into(first)
             if not torch.equal(first, memory[:sample]):
                 memory = None
         if memory is None:
-            self._kept = None
-            self.all_kept = False
+            self._cached = None
+            self.all_cached = False
             memory = self.take(size)
             pack_into(memory)
         else:
@@ -133,11 +133,11 @@ class Arena:
         self.strips.append(memory)
         return memory
 
-    def _next_kept(self, size: int) -> Tensor | None:
-        if self._kept is None or len(self._kept) < size:
+    def _next_cached(self, size: int) -> Tensor | None:
+        if self._cached is None or len(self._cached) < size:
             return None
-        memory = self._kept[:size]
-        self._kept = self._kept[size:]
+        memory = self._cached[:size]
+        self._cached = self._cached[size:]
         return memory
 
     def _block(self, size: int) -> Tensor:
@@ -160,7 +160,7 @@ class PackedWeight:
         self.nbytes = len(memory)
         self.struct = Weight()
         self.memory = memory
-        self._keep: list[object] = []
+        self._alive: list[object] = []
 
     @property
     def address(self) -> int:
@@ -247,7 +247,7 @@ def _pack_strips(
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data
     packed.struct.in_bytes = in_bytes
-    packed._keep.append(strips)
+    packed._alive.append(strips)
     return packed
 
 

@@ -52,7 +52,7 @@ class NativeLevel:
         self._children = len(weights.draft_ids)
         self._changing = weights if weights.changes else None
         self._ranking = _outputs(weights)
-        self._head, self._keep = _structure(weights, *self._ranking)
+        self._head, self._alive = _structure(weights, *self._ranking)
         self._outputs = torch.empty(64, weights.files.shape.hidden)
         self._count = 0
 
@@ -82,9 +82,9 @@ class NativeLevel:
     ) -> Ranked:
         """See `SteppedLevels`; `last` are the last rows of all requests."""
         self._count = 0
-        kept = [readable(part) for part in parts]
+        in_place = [readable(part) for part in parts]
         batch = len(rows.query_start_loc) - 1
-        return self._run(True, rows, row_addresses(kept), batch, request)
+        return self._run(True, rows, row_addresses(in_place), batch, request)
 
     def deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
         """See `SteppedLevels`."""
@@ -101,11 +101,11 @@ class NativeLevel:
     ) -> Draft:
         """Draft a round as the rule says, in one call, and merge it with `proposed`."""
         batch = proposed.batch
-        kept = [readable(part) for part in parts]
+        in_place = [readable(part) for part in parts]
         self._count = 0
         self._reserve(batch + most_expanded(rule, batch, inputs.slots))
         k = min(inputs.request.k, self._children)
-        call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k, kept)
+        call = LevelCall(True, inputs.rows, row_addresses(in_place), batch, k, in_place)
         call.struct.out = self._outputs.data_ptr()
         kv = self.kv
         first = fill_first_level(
@@ -160,7 +160,7 @@ class LevelCall:
         self.tokens = np.empty((ranked_rows, k), np.int64)
         self.probs = np.empty((ranked_rows, k))
         embeddings, tensors = embedding_addresses(rows.mm_embeds, len(rows))
-        self._keep = (rows, features, behind, embeddings, tensors)
+        self._alive = (rows, features, behind, embeddings, tensors)
         self.struct = kernels.Level(
             first=first,
             k=k,

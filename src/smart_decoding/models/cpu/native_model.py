@@ -48,7 +48,7 @@ class NativeModel:
         scale: float,
     ) -> None:
         norm = final_norm.float().contiguous()
-        self._keep = (layers, norm, embedding, output, kv, rotary)
+        self._alive = (layers, norm, embedding, output, kv, rotary)
         self.states: NativeStates | None = None
         self.struct = _model(layers, embedding, output, norm, kv, scale)
         self._hidden = layers.structs[0].hidden
@@ -225,9 +225,9 @@ def embedding_addresses(
     if not mm_embeds:
         return None, []
     found = np.zeros(rows, np.int64)
-    kept = []
+    alive = []
     for first, part in mm_embeds:
-        kept.append(part.float().contiguous())
-        start, step = kept[-1].data_ptr(), 4 * part.shape[1]
+        alive.append(part.float().contiguous())
+        start, step = alive[-1].data_ptr(), 4 * part.shape[1]
         found[first : first + len(part)] = range(start, start + step * len(part), step)
-    return found, kept
+    return found, alive

@@ -151,9 +151,9 @@ class Decoder:
         """Pack the weights for the CPU kernels."""
         config = self.config
         self._panels = kept_panels(weights, self.dtype, self.in_bytes != NEVER)
-        kept = None if self._panels is None else self._panels.read()
+        cached = None if self._panels is None else self._panels.read()
         size = self.dtype.itemsize * sum(map(math.prod, config.expected_shapes().values()))
-        self._arena = arena = Arena(size, self.in_bytes, kept)
+        self._arena = arena = Arena(size, self.in_bytes, cached)
         layers = NativeLayers(self._each_layer(weights), arena)
         embedding = output = self._get(weights, "model.embed_tokens.weight")
         if not config.tie_embeddings:
@@ -171,7 +171,7 @@ class Decoder:
 
     def keep_panels(self) -> None:
         """Keep packed quants for later starts, where that is done and they are not kept yet."""
-        if self._panels is not None and not self._arena.all_kept:
+        if self._panels is not None and not self._arena.all_cached:
             self._panels.write(self._arena.strips)
 
     @property

@@ -40,7 +40,7 @@ _TEXT_FAMILIES = {
     "qwen2_vl_text": "Qwen2ForCausalLM",
 }
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "qwen2_vl_vision")
-KEPT = 32_768  # positions whose embeddings are kept for pictures that come again
+CACHED = 32_768  # positions whose embeddings are kept for pictures that come again
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +129,23 @@ class VisionTower:
             self._model = _module(files, dtype, device)
         self._dtype = dtype
         self._device = device
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @torch.inference_mode()
     def encode_image(self, pixels: Pixels) -> Tensor:
         """[length, hidden] embeddings, kept for the next time."""
         key = pixels.key
-        found = self._kept.get(key)
+        found = self._cache.get(key)
         if found is None:
-            found = self._kept[key] = self._run(pixels)
-        self._kept.move_to_end(key)
-        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > KEPT:
-            self._kept.popitem(last=False)
+            found = self._cache[key] = self._run(pixels)
+        self._cache.move_to_end(key)
+        while len(self._cache) > 1 and sum(map(len, self._cache.values())) > CACHED:
+            self._cache.popitem(last=False)
         return found
 
     def forget(self) -> None:
         """Encode images anew that come again."""
-        self._kept.clear()
+        self._cache.clear()
 
     def _run(self, pixels: Pixels) -> Tensor:
         values = torch.from_numpy(pixels.values).to(self._device, self._dtype)

@@ -258,7 +258,7 @@ class NativeLayers:
     reads them if its weights are bf16 and the CPU multiplies those."""
 
     def __init__(self, layers: Iterable[LayerWeights], arena: Arena) -> None:
-        self._keep: list[object] = []
+        self._alive: list[object] = []
         structs = [self._struct(w, arena) for w in layers]  # one layer's weights at a time
         self.structs = (kernels.Layer * len(structs))(*structs)
 
@@ -277,7 +277,7 @@ class NativeLayers:
             (pack([each.gate, each.up], arena, order), pack([each.down], arena))
             for each in w.networks
         ]
-        self._keep += [*vectors.values(), qkv, output, *itertools.chain(*networks)]
+        self._alive += [*vectors.values(), qkv, output, *itertools.chain(*networks)]
         return kernels.Layer(
             hidden=w.hidden,
             input=qkv.k,
@@ -313,7 +313,7 @@ class NativeLayers:
             rates=rates.struct,
             **{name: pointer(getattr(w, name)) for name in _OF_DELTA},
         )
-        self._keep += [w, rates, struct]
+        self._alive += [w, rates, struct]
         return ctypes.addressof(struct)
 
     def _biases(self, w: LayerWeights, order: NDArray[np.int64]) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class NativeLayers:
             found["down_bias"] = torch.stack(of_down).float().contiguous()
         if w.router is not None and w.router.bias is not None:
             found["router_bias"] = w.router.bias.float().contiguous()
-        self._keep += found.values()
+        self._alive += found.values()
         return {name: pointer(vector) for name, vector in found.items()}
 
     def _networks(
@@ -347,7 +347,7 @@ class NativeLayers:
         each = Weight * len(networks)
         all_gate_up = each(*(gate_up.struct for gate_up, _ in networks))
         all_down = each(*(down.struct for _, down in networks))
-        self._keep += [matrix, all_gate_up, all_down]
+        self._alive += [matrix, all_gate_up, all_down]
         return {
             "experts": len(networks) - router.shared,
             "shared": router.shared,
