@@ -25,7 +25,7 @@ from smart_decoding.core.selection import (
     is_data,
 )
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.kernels.selection import NativeSelection
+from smart_decoding.kernels.selection import native_selection
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import Expand, Keep
@@ -148,7 +148,7 @@ def test_the_same_nodes_are_selected_and_expanded(
     rule = random_rule(rng, trees, expand, keep)
     assert is_data(rule)
     other = copy_of(trees)
-    native = NativeSelection()
+    native = native_selection()
     kept = native.select(rule, other)
     assert kept.tolist() == rule.select(trees).tolist()
     assert np.array_equal(other.accept_prob, trees.accept_prob)
@@ -177,7 +177,7 @@ def test_a_drafter_that_the_calibration_has_not_seen_gets_room() -> None:
     trees.source[:] = 5
     scores = Scores(Calibration(), np.zeros(2, np.uint8))
     rule = TreeRule(1, 5, np.full(2, 9), NO_NODES, Beam(1), KeepBest(3), scores)
-    assert len(NativeSelection().select(rule, trees)) == 6
+    assert len(native_selection().select(rule, trees)) == 6
     assert np.isfinite(trees.accept_prob).all()
     assert len(scores.calibration.prior) == 6
 
@@ -196,7 +196,7 @@ def test_a_users_own_parts_are_called() -> None:
     trees = random_trees(np.random.default_rng(1), 2, 1, ties=False)
     firsts = np.flatnonzero(trees.depth == 1)
     limits = np.full(2, 9)
-    native = NativeSelection()
+    native = native_selection()
     for expand, keep in ((Last(), KeepBest(1)), (Beam(1), Last()), (Last(), Last())):
         rule = TreeRule(3, 5, limits, NO_NODES, expand, keep)
         assert not is_data(rule)
@@ -211,4 +211,4 @@ def test_a_forecast_of_too_few_levels_is_refused() -> None:
     expand = LookAhead(costs, np.array([1]), np.ones((2, RANKS)))
     rule = TreeRule(4, 5, np.array([9]), NO_NODES, expand, KeepBest(1))
     with pytest.raises(ValueError, match="all levels"):
-        NativeSelection().frontier(rule, trees, 1)
+        native_selection().frontier(rule, trees, 1)

@@ -4,7 +4,7 @@ one call drafts a whole round (drafting.cpp)."""
 from __future__ import annotations
 
 import functools
-from ctypes import Structure, byref
+from ctypes import CDLL, Structure, byref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,10 +47,14 @@ def fastest_selection() -> Selection:
     return Selection() if library.unavailable() else native_selection()
 
 
-@functools.cache
 def native_selection() -> NativeSelection:
-    """Return the one of this process. Raises ConfigError where no kernels run."""
-    return NativeSelection()
+    """Return the one of the kernels that run. Raises ConfigError where none do."""
+    return _selection_of(library.library())
+
+
+@functools.cache
+def _selection_of(kernels: CDLL) -> NativeSelection:
+    return NativeSelection(kernels)
 
 
 class FirstLevel(NamedTuple):
@@ -68,10 +72,10 @@ class FirstLevel(NamedTuple):
 
 class NativeSelection(Selection):
     """Follows rules in native code. A rule with parts of a user's own runs in Python. Threads may
-    share one. Raises ConfigError where no kernels run."""
+    share one. kernels: a variant of the library."""
 
-    def __init__(self) -> None:
-        self._library = library.library()
+    def __init__(self, kernels: CDLL) -> None:
+        self._library = kernels
         self._last: _NativeRule | None = None
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
