@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_allow_slow, program_here
+from smart_decoding.cli.arguments import program_here
+from smart_decoding.cli.model_options import add_allow_slow
 from smart_decoding.cli.run import chat_prompt, show_steps
 from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
