@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import CapacityError, ConfigError, named_options
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.files import expanded
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.text import chat_template
 from smart_decoding.multimodal.images import Limits
+from smart_decoding.options import add_options, kinds, named_options, option
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it, and few requests run
 USUAL_TOKENS, USUAL_REQUESTS = 2048, 16  # of a request; that KV memory holds by default
 
 log = logging.getLogger("smart.llm")
 
-_CHOICES: Mapping[str, tuple[str | None, ...]] = {
-    "activations": ("auto", "exact", "int8"),
-    "quantization": (None, "off", "int8", "int4"),
-}
 # names of default sampling parameters: generation_config.json's, and ours
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -53,60 +47,17 @@ _KINDS: Mapping[str, type] = {
 _CHECKED_APART = ("dtype", "speculative_config")  # their readers give better errors
 
 
-def _neutral(*allowed: Any, short: str = "") -> Any:
-    """Return an option of vLLM's that changes nothing here.
+def _neutral(*allowed: Any, flags: tuple[str, ...] = ()) -> Any:
+    """Return an option of vLLM's that changes nothing here, and that no help lists.
 
-    allowed: its values, the default first; without any the option takes all values and is None.
-    short: another flag of the command line."""
-    return field(default=next(iter(allowed), None), metadata={"allowed": allowed, "short": short})
+    allowed: its values, the default first; without any the option takes all values and is None."""
+    return option(next(iter(allowed), None), SUPPRESS, allowed=allowed, flags=flags)
 
 
 @named_options
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
-    """The options of `LLM`.
-
-    model: built-in name, hub id, folder of safetensors, or GGUF file.
-    speculative_config: None (under the policy `smart` drafts the head that comes with the model,
-        or its MTP layer, else a smaller model of its family or a built-in one in the cache, else
-        n-grams), False (plain decoding), or a dict: method (eagle, mtp, draft_model, ngram, union,
-        none), policy (off, chain, static, eagle2, paper, smart), and either's options.
-    tokenizer: a folder with another tokenizer than the model's.
-    dtype: bfloat16 or float32, of weights and KV cache. auto and half are bfloat16, too.
-    quantization: None keeps weights as they are stored: quants of GGUF files stay quants on the
-        CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so
-        many bits when they are loaded.
-    activations: the factors of quants on the CPU kernels in bfloat16. int8: rounded to 8 bits in
-        groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: not rounded, in bfloat16.
-        auto: what is measured to be faster at a model's first start (profiling/ways.py). Answers
-        are the same under every policy.
-    device: cpu or cuda; auto takes CUDA where there is one.
-    max_model_len: longest prompt plus answer, in tokens (4,096; 1,024 for each of max_num_seqs, up
-        to 16,384, if that is more; what the model or kv_cache_tokens allows if that is less).
-    max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round (256, on
-        CUDA 2,048).
-    kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048; on CUDA what
-        gpu_memory_utilization leaves); at least max_model_len.
-    gpu_memory_utilization: part of a GPU's memory that weights and KV memory may fill.
-    enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
-    seed: the seeds of requests without their own are drawn from it.
-    stop_at_loops: end an answer that only repeats itself, once so many tokens do; True: 24.
-    max_logprobs: the most log probabilities of a token that requests may ask for; -1: any.
-    chat_template: makes prompts of conversations, instead of the model's own template: a file, a
-        built-in name (vicuna), or the text itself.
-    generation_config: where default sampling parameters come from: auto (the model's
-        generation_config.json or GGUF file), vllm (nowhere), or a folder with such a JSON file.
-        override_generation_config: values in place of its own.
-    trust_pickle: load pytorch_model.bin, tensors only, where a model or draft head has no
-        safetensors; without it only safetensors are loaded.
-    enforce_eager: no CUDA graphs.
-    allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
-
-    Of vision-language models:
-    limit_mm_per_prompt: images of a prompt by modality (image 16, video 1).
-    allowed_local_media_path: the folder that messages may name files in (none).
-    mm_processor_kwargs: options of the image processor, such as max_pixels.
-    max_image_pixels: of one image as sent.
+    """The options of `LLM`, listed below.
 
     The other options are vLLM's and have no effect here. Options that change no answer in vLLM,
     such as swap_space, take any value, and so does trust_remote_code: a model's code is never run.
@@ -115,35 +66,97 @@ class EngineArgs:
     None leaves any option at its default. Raises ConfigError or CapacityError for other values.
     """
 
-    model: str | Path = DEFAULT_MODEL
-    speculative_config: Mapping[str, Any] | bool | None = None
-    tokenizer: str | Path | None = None
-    dtype: str = "bfloat16"
-    quantization: str | None = None
-    activations: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int | None = None
-    kv_cache_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
-    enable_prefix_caching: bool = True
-    seed: int = 0
-    stop_at_loops: bool | int = False
-    max_logprobs: int = -1
-    chat_template: str | Path | None = None
-    generation_config: str | Path = "auto"
-    override_generation_config: Mapping[str, Any] | None = None
-    trust_pickle: bool = False
-    enforce_eager: bool = False
-    allow_slow: bool = False
-    limit_mm_per_prompt: Mapping[str, int] | None = None
-    allowed_local_media_path: str | Path | None = None
-    mm_processor_kwargs: Mapping[str, Any] | None = None
-    max_image_pixels: int = Limits().pixels
-    tensor_parallel_size: int = _neutral(1, short="-tp")
-    pipeline_parallel_size: int = _neutral(1, short="-pp")
-    data_parallel_size: int = _neutral(1, short="-dp")
+    model: str | Path = option(DEFAULT_MODEL, "built-in name, hub id, folder or GGUF file")
+    speculative_config: Mapping[str, Any] | bool | None = option(
+        None,
+        "method, drafter, policy and their options, such as "
+        '{"method": "ngram", "num_speculative_tokens": 4}; false decodes plainly',
+        usual="the drafter is the model's own head or MTP layer, else a cached smaller model of "
+        "its family, else ngram; the policy is smart",
+    )
+    tokenizer: str | Path | None = option(
+        None, "folder with another tokenizer", usual="the model's"
+    )
+    dtype: str = option(
+        "bfloat16",
+        "type of weights and KV cache: bfloat16 or float32; auto and half are bfloat16, too",
+        choices=("bf16", "bfloat16", "fp32", "float32", "float", "auto", "half", "float16"),
+    )
+    quantization: str | None = option(
+        None,
+        "int8, int4: round the matrices when they are loaded; off: expand a GGUF file's quants to "
+        "dtype",
+        usual="as the file stores them",
+        choices=("off", "int8", "int4"),
+    )
+    activations: str = option(
+        "auto",
+        "activations that meet quants on the CPU kernels in bfloat16: exact, rounded to int8 in "
+        "groups of 32, as llama.cpp does, or auto, which measures both at a model's first start",
+        choices=("auto", "exact", "int8"),
+    )
+    device: str = option("auto", "cpu or cuda; auto takes CUDA where there is one")
+    max_model_len: int | None = option(
+        None,
+        "longest prompt plus answer, in tokens",
+        usual="4096, or 1024 for each of max_num_seqs, up to 16384, if that is more; what the "
+        "model and the KV memory allow, if that is less",
+    )
+    max_num_seqs: int = option(32, "requests that run at once")
+    max_num_batched_tokens: int | None = option(
+        None, "prompt tokens in a round", usual="256, on CUDA 2048"
+    )
+    kv_cache_tokens: int | None = option(
+        None,
+        "KV memory, in tokens over all requests; max_model_len at least",
+        usual="up to 16 requests of 2048 tokens; on CUDA what gpu_memory_utilization leaves",
+    )
+    gpu_memory_utilization: float = option(0.9, "part of a GPU's memory for weights and KV memory")
+    enable_prefix_caching: bool = option(
+        True, "keep the keys of earlier requests for prompts that begin alike"
+    )
+    seed: int = option(0, "number that the seeds of requests without one derive from")
+    stop_at_loops: bool | int = option(
+        False, "end an answer that only repeats itself, once so many tokens do; true is 24"
+    )
+    max_logprobs: int = option(
+        -1, "most log probabilities of a token that requests may ask for", usual="any number"
+    )
+    chat_template: str | Path | None = option(
+        None,
+        "template that makes a prompt of a conversation: a file, vicuna, or the text itself",
+        usual="the model's own",
+    )
+    generation_config: str | Path = option(
+        "auto",
+        "source of the sampling defaults: auto (the model's generation_config.json or GGUF file), "
+        "vllm (no file), or a folder with generation_config.json",
+    )
+    override_generation_config: Mapping[str, Any] | None = option(
+        None, "values in place of sampling defaults, such as temperature=0"
+    )
+    trust_pickle: bool = option(
+        False, "load pickled models and draft heads (pytorch_model.bin), tensors only"
+    )
+    enforce_eager: bool = option(False, "no CUDA graphs")
+    allow_slow: bool = option(
+        False,
+        "run plain torch on a CPU where the CPU kernels cannot run",
+        usual="off: an error",
+    )
+    limit_mm_per_prompt: Mapping[str, int] | None = option(
+        None, "most pictures of one prompt, by kind", usual="image=16, video=1"
+    )
+    allowed_local_media_path: str | Path | None = option(
+        None, "folder of files that messages may name"
+    )
+    mm_processor_kwargs: Mapping[str, Any] | None = option(
+        None, "options of the image processor, such as max_pixels=1000000"
+    )
+    max_image_pixels: int = option(Limits().pixels, "largest picture, in pixels as it is sent")
+    tensor_parallel_size: int = _neutral(1, flags=("-tp",))
+    pipeline_parallel_size: int = _neutral(1, flags=("-pp",))
+    data_parallel_size: int = _neutral(1, flags=("-dp",))
     trust_remote_code: bool = _neutral(False, True)
     enable_lora: bool = _neutral(False)
     skip_tokenizer_init: bool = _neutral(False)
@@ -153,7 +166,7 @@ class EngineArgs:
     runner: str = _neutral("auto", "generate")
     task: str = _neutral("auto", "generate")
     cpu_offload_gb: float = _neutral(0)
-    block_size: int | None = _neutral(None, PAGE)
+    block_size: int | None = _neutral(None, 16)  # PAGE of engine/kv.py, which needs numpy
     revision: str | None = _neutral(None)
     tokenizer_revision: str | None = _neutral(None)
     hf_overrides: Mapping[str, Any] | None = _neutral(None, {})
@@ -175,13 +188,8 @@ class EngineArgs:
         if self.dtype in ("half", "float16"):
             log.warning("dtype=%r runs in bfloat16: float16 is not supported", self.dtype)
         self._check_neutral()
+        self._check_choices()
         self.template()
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is not supported: "
-                    f"use {', '.join(map(str, known))}"
-                )
         self.media_limits()
         self._at_least(
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
@@ -195,26 +203,14 @@ class EngineArgs:
             )
 
     @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Give a parser an option for each, such as --max-model-len, with mappings in JSON.
-        `LLM(**vars(args))` takes what it parses."""
-        for each in fields(cls):
-            _add_cli_arg(parser, each, default=each.default)
+    def add_cli_args(cls, parser: ArgumentParser) -> ArgumentParser:
+        """Give a parser an option for each, such as --max-model-len, with mappings in JSON or as
+        K=V. `LLM(**vars(args))` takes what it parses."""
+        add_options(parser, cls)
         return parser
 
     @classmethod
-    def add_neutral_cli_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Give a parser the options that change nothing here, unlisted, None by default."""
-        for each in _neutral_fields():
-            _add_cli_arg(parser, each, help=argparse.SUPPRESS)
-
-    @classmethod
-    def neutral_cli_args(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return those options as such a parser has read them."""
-        return {each.name: getattr(args, each.name) for each in _neutral_fields()}
-
-    @classmethod
-    def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
+    def from_cli_args(cls, args: Namespace) -> EngineArgs:
         """Return the arguments that a parser with `add_cli_args` has read; others are left out."""
         parsed = vars(args)
         return cls(**{each.name: parsed[each.name] for each in fields(cls) if each.name in parsed})
@@ -224,6 +220,7 @@ class EngineArgs:
     ) -> dict[str, Any]:
         """Return the default sampling parameters. folder: the model's; in_file: what its GGUF file
         recommends. Raises ConfigError for values that SamplingParams refuses."""
+        from smart_decoding.engine.sampling_params import SamplingParams  # late: numpy is slow
         from smart_decoding.models.checkpoints.loading import (
             generation_config,  # imported late: torch is slow
         )
@@ -299,13 +296,22 @@ class EngineArgs:
     def _check_kinds(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            kinds = _kinds(each)
-            good = isinstance(value, tuple(_KINDS[kind] for kind in kinds))
+            good = isinstance(value, tuple(_KINDS[kind] for kind in kinds(each)))
             if value is None and not good:
                 object.__setattr__(self, each.name, each.default)
             elif not good and each.name not in _CHECKED_APART:
                 raise ConfigError(
                     f"{each.name}={value!r} is not allowed: it must be of the type {each.type}"
+                )
+
+    def _check_choices(self) -> None:
+        for each in fields(self):
+            known = (each.default, *each.metadata["choices"])
+            value = getattr(self, each.name)
+            if len(known) > 1 and value not in known and each.name not in _CHECKED_APART:
+                raise ConfigError(
+                    f"{each.name}={value!r} is not supported: "
+                    f"use {', '.join(map(str, dict.fromkeys(known)))}"
                 )
 
     def _check_neutral(self) -> None:
@@ -331,22 +337,6 @@ class EngineArgs:
 AsyncEngineArgs = EngineArgs  # vLLM's name for the options of `AsyncLLM`
 
 
-def _neutral_fields() -> list[Field[Any]]:
-    return [each for each in fields(EngineArgs) if "allowed" in each.metadata]
-
-
-def _add_cli_arg(parser: argparse.ArgumentParser, option: Field[Any], **how: Any) -> None:
-    flags = ["--" + option.name.replace("_", "-")]
-    if short := option.metadata.get("short"):
-        flags.append(short)
-    kind = _kinds(option)[0]
-    if kind == "bool":
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **how)
-    else:
-        parse: Any = {"int": int, "float": float, "Mapping": json.loads}.get(kind, str)
-        parser.add_argument(*flags, type=parse, **how)
-
-
 def require_neutral(options: Mapping[str, Any]) -> None:
     """Raise ConfigError for an option of vLLM with a value that is not supported here."""
     for name, value in options.items():
@@ -356,8 +346,3 @@ def require_neutral(options: Mapping[str, Any]) -> None:
 def _require_one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if allowed and value not in allowed:
         raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
-
-
-def _kinds(option: Field[Any]) -> list[str]:
-    """Return the names of an option's types."""
-    return [kind.partition("[")[0] for kind in str(option.type).split(" | ")]

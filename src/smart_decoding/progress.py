@@ -1,5 +1,5 @@
 """Progress of long steps: a bar on a terminal, else lines on standard error, or in the log of a
-program that has set up the logger `smart`."""
+program that has set up the logger `smart`. And the silence of a library that says too much."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
+
+from smart_decoding.errors import ModelError
 
 log = logging.getLogger("smart.steps")
 
@@ -47,3 +49,29 @@ def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[f
         ended = "done in"
     finally:
         _say(f"{what}: {ended} {time.perf_counter() - start:.1f} s")
+
+
+VISION = (
+    "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
+)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import and load without notices about other packages; ModelError without transformers."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    try:
+        import transformers.utils.logging  # noqa: F401  # it sets the level
+
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        import PIL  # noqa: F401
+
+        yield
+    except ModuleNotFoundError as error:
+        if error.name in ("transformers", "PIL"):
+            raise ModelError(VISION) from error
+        raise
+    finally:
+        logger.setLevel(level)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding.cli import serve as cli_serve
+from smart_decoding.cli.serve_options import read_config
+from smart_decoding.options import offered
+from smart_decoding.server.settings import ServerSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 if not PAGE.is_file():
@@ -35,11 +37,13 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 def test_the_unit_leaves_time_to_drain() -> None:
     timeout = int(re.search(r"^TimeoutStopSec=(\d+)$", block("ini"), re.MULTILINE)[1])  # type: ignore[index]
-    (option,) = [o for o in cli_serve.OPTIONS["server"] if o.name == "shutdown-timeout"]
+    (option,) = offered(ServerSettings, ["shutdown_timeout"])
     assert timeout > option.default + 10  # and the engine's last round
 
 
 def test_the_configuration_shown_is_one(tmp_path: Path) -> None:
     file = tmp_path / "smart.toml"
     file.write_text(block("toml"))
-    assert cli_serve.read_config(file).keys() == tomllib.loads(block("toml")).keys()
+    found = read_config(file)
+    assert found["api_keys"] == tomllib.loads(block("toml"))["api-key"]
+    assert found["policy_option"] == {"max_levels": 6}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.llm import LLM
@@ -33,7 +34,7 @@ from smart_decoding.models.target import dtype_of
         ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported"),
         ({"cpu_offload_gb": 1}, "cpu_offload_gb=1 is not supported"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported: leave it at 'auto'"),
-        ({"block_size": 32}, "block_size=32 is not supported: leave it at 16"),
+        ({"block_size": 32}, f"block_size=32 is not supported: leave it at {PAGE}"),
         ({"revision": "v1"}, "revision='v1' is not supported: leave it at None"),
         ({"enable_lora": True}, "enable_lora=True is not supported: leave it at False"),
         ({"runner": "pooling"}, "runner='pooling' is not supported: leave it at 'generate'"),

@@ -11,7 +11,7 @@ import smart_decoding
 
 SOURCE = Path(smart_decoding.__file__).parent
 LONGEST_FUNCTION = 60  # lines, its docstring included: what fits on a screen
-MOST_MODULES_AT_THE_TOP = 8
+MOST_MODULES_AT_THE_TOP = 9
 VLLM_MODULES = ("inputs", "outputs", "sampling_params")  # scripts import by these names
 LONGEST_IMPORT_CHAIN = 10  # modules; those that only types or a function need do not count
 

@@ -11,27 +11,12 @@ from smart_decoding.bench import report
 from smart_decoding.bench.data import TASKS
 from smart_decoding.bench.options import QUICK, BenchOptions
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.cli.arguments import (
-    ALLOW_SLOW,
-    THREADS,
-    add_options,
-    whole_numbers,
-    words,
-)
-from smart_decoding.cli.model_options import (
-    ACTIVATIONS,
-    CHAT_TEMPLATE,
-    DEVICE,
-    DRAFT,
-    DTYPE,
-    METHOD,
-    METHOD_OPTION,
-    QUANTIZATION,
-    TRUST_PICKLE,
-    once_each,
-)
+from smart_decoding.cli.arguments import add_threads, whole_numbers, words
+from smart_decoding.cli.model_options import DraftOptions
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.cli.run import show_steps
+from smart_decoding.engine_args import EngineArgs
+from smart_decoding.options import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +57,10 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
         help="one setting of a policy; may be repeated. method= and model= give it a drafter of "
         "its own",
     )
-    drafter = (METHOD, DRAFT, METHOD_OPTION)
-    model = (CHAT_TEMPLATE, TRUST_PICKLE, DTYPE, QUANTIZATION, ACTIVATIONS, DEVICE)
-    add_options(group, (*drafter, *model, ALLOW_SLOW, THREADS), unset=True)
+    add_options(group, DraftOptions, ("method", "draft", "method_option"), unset=True)
+    loading = ("chat_template", "trust_pickle", "dtype", "quantization", "activations", "device")
+    add_options(group, EngineArgs, (*loading, "allow_slow"), unset=True)
+    add_threads(group)
 
 
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -101,7 +87,7 @@ def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions
     values = {name: value for name, value in vars(args).items() if name in names}
     values = {name: value for name, value in values.items() if value is not None}
     if args.method_option:
-        values["method_options"] = once_each(args.method_option)
+        values["method_options"] = args.method_option
     quick = QUICK if "quick" in args else {}
     values = {**quick, **values}
     if "policy" in values:

@@ -18,10 +18,10 @@ from smart_decoding.cli.chat_session import (
     ChatState,
 )
 from smart_decoding.cli.dialogue import Dialogue
-from smart_decoding.cli.model_options import llm_options
+from smart_decoding.cli.model_options import add_model_options, llm_options
 from smart_decoding.cli.prompts import standard_input
-from smart_decoding.cli.run import add_model_options, announce_default, loaded, show_steps
-from smart_decoding.cli.sampling import add_sampling_options, given
+from smart_decoding.cli.run import announce_default, loaded, show_steps
+from smart_decoding.cli.sampling import add_sampling_options, given_sampling
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", nargs="?", metavar="MODEL", help=f"the model, as for --model ({DEFAULT_MODEL})"
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
-    add_model_options(parser)
+    add_model_options(parser.add_argument_group("model"))
     add_sampling_options(parser, MAX_TOKENS)
 
 
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     A model that cannot be loaded leaves the one before."""
     wanted: str | None = chosen_model(args) or DEFAULT_MODEL
     options = {**llm_options(args), "stop_at_loops": LOOP_TOKENS}
-    state = ChatState(Dialogue(args.system), given(args))
+    state = ChatState(Dialogue(args.system), given_sampling(args))
     show_steps()
     typed = standard_input().isatty()
     entered = entries()

@@ -18,6 +18,7 @@ from smart_decoding.engine.loops import loop_start
 from smart_decoding.engine.stopping import LOOP
 from smart_decoding.errors import CapacityError, ConfigError, SmartError
 from smart_decoding.models.checkpoints.registry import names_model, unknown_model
+from smart_decoding.options import parser_of
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput
@@ -148,15 +149,15 @@ class ChatSession:
             raise ConfigError("the context's length is chosen at the start, by --max-model-len")
         option = PARAMETERS.get(name)
         if option is None:
-            names = ", ".join([*(each.dest for each in SAMPLING), "system"])
+            names = ", ".join([*(each.name for each in SAMPLING), "system"])
             hint = did_you_mean(name, [*PARAMETERS, "system"])
             raise ConfigError(f"no parameter {name!r}{hint}; there are {names}")
         try:
-            number = option.kind(value)
+            number = parser_of(option)(value)
         except ValueError as error:
             raise ConfigError(f"{name} takes a number: /set {name} VALUE") from error
-        self._state.values = checked({**self._state.values, option.dest: number})
-        return f"{option.dest}: {number}"
+        self._state.values = checked({**self._state.values, option.name: number})
+        return f"{option.name}: {number}"
 
     def _shown(self) -> str:
         """Return what /show prints."""
@@ -170,7 +171,7 @@ class ChatSession:
         }
         params = params_of(self._llm, self._state.values, MAX_TOKENS)
         for option in SAMPLING:
-            rows[option.dest] = str(getattr(params, option.dest))
+            rows[option.name] = str(getattr(params, option.name))
         if "seed" not in self._state.values:
             rows["seed"] = "a new one for each answer"
         return "\n".join(f"{name:<19} {value}" for name, value in rows.items())

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_allow_slow, program_here
+from smart_decoding.cli.arguments import program_here
+from smart_decoding.cli.model_options import add_allow_slow
 from smart_decoding.cli.run import chat_prompt, show_steps
-from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, legend, wants_colour
+from smart_decoding.cli.tree_picture import draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
@@ -274,11 +275,12 @@ def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
         return llm.tokenizer.decode([token], False)
 
     print("\nthe largest tree of drafts, all checked in one pass:")
-    style = TreeStyle(text_of, colour=wants_colour(sys.stdout))
+    colour = wants_colour(sys.stdout)
     nodes = done.trees.take(done.kept)
     root = llm.tokenizer.decode(tree.before, False)
     bonus_token = accepted.emitted[0][-1]
-    print(draw_tree(nodes, 0, accepted.path[0], style, root=root, bonus_token=bonus_token))
+    path = accepted.path[0]
+    print(draw_tree(nodes, 0, path, text_of, colour=colour, root=root, bonus_token=bonus_token))
     shown = legend(done.rule is not None and done.rule.scores is not None)
     print(shown.replace("; ", "\n"))
 

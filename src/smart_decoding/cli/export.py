@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from smart_decoding.cli.model_options import TRUST_PICKLE
+from smart_decoding.engine_args import EngineArgs
+from smart_decoding.options import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layouts = ("eagle3", "speculators", "eagle")
     parser.add_argument("--layout", required=True, choices=layouts, help="to write the head in")
-    TRUST_PICKLE.add_to(parser)
+    add_options(parser, EngineArgs, ("trust_pickle",))
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
 

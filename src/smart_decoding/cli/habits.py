@@ -21,13 +21,21 @@ COMMANDS = {
 }
 # Their options: ours of the same meaning, which take the same values.
 SAME = {
+    "-m": "--model",
+    "-hf": "--model",
+    "--hf-repo": "--model",
     "-md": "--draft",
     "--model-draft": "--draft",
-    "--hf-repo": "-hf",
+    "-c": "--max-model-len",
+    "--ctx-size": "--max-model-len",
+    "-t": "--threads",
     "-np": "--max-num-seqs",
     "--parallel": "--max-num-seqs",
+    "-n": "--max-tokens",
     "--predict": "--max-tokens",
     "--n-predict": "--max-tokens",
+    "--temp": "--temperature",
+    "--repeat-penalty": "--repetition-penalty",
     "-sys": "--system",
     "--system-prompt": "--system",
     "-no-cnv": "--raw",
@@ -35,7 +43,10 @@ SAME = {
     "-a": "--served-model-name",
     "--alias": "--served-model-name",
     "--chat-template-file": "--chat-template",
+    "--mm-processor-option": "--mm-processor-kwargs",  # our own, of before
 }
+# Those that --help lists beside ours.
+LISTED = ("-m", "-hf", "-c", "--ctx-size", "-t", "-n", "--temp", "--repeat-penalty")
 _DEVICE = "leave it out, as all layers run on one device (--device)"
 _MEMORY = "leave it out, as the system decides what stays in memory"
 _TALK = "leave it out, as smart chat is a conversation, and smart run one answer"
@@ -84,8 +95,10 @@ def take(parser: ArgumentParser) -> None:
     """Have a command take the options of other programs that mean the same as its own."""
     actions = parser._option_string_actions
     for theirs, ours in SAME.items():
-        if ours in actions:
-            actions.setdefault(theirs, actions[ours])
+        if ours in actions and theirs not in actions:
+            action = actions[theirs] = actions[ours]
+            if theirs in LISTED:
+                action.option_strings = [*action.option_strings, theirs]
 
 
 def take_without_effect(parser: ArgumentParser) -> None:

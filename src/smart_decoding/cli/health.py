@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 from smart_decoding.cli.main import build_parser
-from smart_decoding.cli.serve_options import merge, read_config
+from smart_decoding.cli.serve_options import complete
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -17,7 +17,7 @@ def main(command: Path = Path("/proc/1/cmdline")) -> int:
     """Return 0 if it loads or runs, else 1."""
     words = command.read_text().split("\0")[:-1]
     args = build_parser("serve").parse_args(words[words.index("serve") :])
-    merge(args, read_config(args.config) if args.config else {})
+    complete(args)
     connection = HTTPConnection(_ANY.get(args.host, args.host), args.port, timeout=5)
     try:  # urllib would go through a proxy
         connection.request("GET", "/health/live")

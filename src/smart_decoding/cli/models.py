@@ -7,8 +7,7 @@ import shutil
 import sys
 from contextlib import suppress
 
-from smart_decoding.cli.arguments import add_options
-from smart_decoding.cli.model_options import TRUST_PICKLE
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.gguf_parts import files_of
 from smart_decoding.models.checkpoints.hub_repository import repository_of
@@ -32,6 +31,7 @@ from smart_decoding.models.checkpoints.registry import (
     shipped_head,
     unknown_model,
 )
+from smart_decoding.options import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("-v", "--verbose", action="store_true", default=as_above, help=verbose)
     pull = actions.add_parser("pull", help="fetch a model into the cache")
     pull.add_argument("model", help="built-in name or hub id")
-    add_options(pull, (TRUST_PICKLE,))
+    add_options(pull, EngineArgs, ("trust_pickle",))
     remove = actions.add_parser(
         "rm", help="remove a model's download, converted weights and profiles from the caches"
     )

@@ -15,15 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options
-from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
+from smart_decoding.cli.model_options import add_model_options, llm_options
 from smart_decoding.cli.prompts import (
     check_takes_images,
     model_and_message,
     prompt_texts,
     read_images,
 )
-from smart_decoding.cli.sampling import add_sampling_options, given, params_of
+from smart_decoding.cli.sampling import add_sampling_options, given_sampling, params_of
 from smart_decoding.cli.streaming import StreamedAnswer
 from smart_decoding.cli.terminal import shown
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
@@ -70,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picture the message is about, for models that take images; may be repeated",
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
-    add_model_options(parser)
+    add_model_options(parser.add_argument_group("model"))
     add_sampling_options(parser, MAX_TOKENS)
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
@@ -83,21 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it is loaded."""
-    group = parser.add_argument_group("model")
-    kinds = f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})"
-    group.add_argument("-m", "--model", "-hf", help=kinds)
-    add_options(group, MODEL_OPTIONS)
-
-
 def main(args: argparse.Namespace) -> None:
     """Stream the answer to standard output, or print those of a batch as they come, in order."""
     model, message = model_and_message(args)
     if args.system and args.raw:
         raise ConfigError("--system is for the chat template, which --raw leaves out")
     options = llm_options(args)
-    sampling = given(args)
+    sampling = given_sampling(args)
     texts = prompt_texts(args, message)
     images = read_images(args.image)
     if images:

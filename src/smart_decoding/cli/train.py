@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Gone, add_allow_slow
-from smart_decoding.cli.model_options import ACTIVATIONS, TRUST_PICKLE
+from smart_decoding.cli.arguments import Gone
+from smart_decoding.cli.model_options import add_allow_slow
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import children
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
+from smart_decoding.options import add_options
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -66,7 +68,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         default=1_000_000,
         help="tokens of all conversations, prompts included (1000000)",
     )
-    ACTIVATIONS.add_to(group, unset=True)
+    add_options(group, EngineArgs, ("activations",), unset=True)
     add("--skip-generation", action="store_true", help="train on the conversations that are there")
     add(
         "--images",
@@ -99,7 +101,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
     )
     init = "a head to start from, in any layout: folder, hub id, or built-in model (none)"
     add("--init", help=init)
-    TRUST_PICKLE.add_to(group)
+    add_options(group, EngineArgs, ("trust_pickle",))
     add(
         "--head-quantization",
         choices=("int8", "int4"),

@@ -14,54 +14,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TextIO
 
 import numpy as np
 
 from smart_decoding.core.tree import ROOT, DraftTrees
 
-TokenText = Callable[[int], str]
-
 _ACCEPTED = "\x1b[1;32m"
 _REJECTED = "\x1b[2m"
 _RESET = "\x1b[0m"
-_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
-
-
-@dataclass(frozen=True, slots=True)
-class TreeStyle:
-    """How nodes are written. text_of: a token's text; colour: with a terminal's escapes."""
-
-    text_of: TokenText
-    colour: bool = False
-
-    def node(self, accepted: bool, token: int, prob: float) -> str:
-        """Return a node's sign, text and probability."""
-        label = f"{'●' if accepted else '○'} {quoted(self.text_of(token))} {prob:.2f}"
-        return self._painted(label, _ACCEPTED if accepted else _REJECTED)
-
-    def bonus(self, token: int) -> str:
-        """Return the last line."""
-        return f"=> {self._painted(quoted(self.text_of(token)), _ACCEPTED)}"
-
-    def _painted(self, text: str, code: str) -> str:
-        return f"{code}{text}{_RESET}" if self.colour else text
 
 
 def draw_tree(
     trees: DraftTrees,
     owner: int,
     path: Sequence[int],
-    style: TreeStyle,
+    text_of: Callable[[int], str],
     *,
+    colour: bool = False,
     root: str = "",
     bonus_token: int | None = None,
 ) -> str:
     """Return one request's tree.
 
     Siblings are ordered by `accept_prob`, or by the drafter's path probability where the policy
-    gave none. path: indices of the accepted nodes; root: text before the tree.
+    gave none. path: indices of the accepted nodes; text_of: a token's text; colour: with a
+    terminal's escapes; root: text before the tree.
     """
     children: dict[int, list[int]] = {}
     for node in trees.nodes_of(owner):
@@ -70,23 +48,32 @@ def draw_tree(
     accepted = {int(node) for node in path}
     lines = [quoted(root)]
 
+    def painted(text: str, code: str) -> str:
+        return f"{code}{text}{_RESET}" if colour else text
+
     def add(parent: int, indent: str) -> None:
         siblings = sorted(children.get(parent, []), key=lambda node: -float(prob[node]))
         for node in siblings:
             last = node == siblings[-1]
-            label = style.node(node in accepted, int(trees.token[node]), float(prob[node]))
-            lines.append(f"{indent}{'└─' if last else '├─'}{label}")
+            sign, code = ("●", _ACCEPTED) if node in accepted else ("○", _REJECTED)
+            label = f"{sign} {quoted(text_of(int(trees.token[node])))} {prob[node]:.2f}"
+            lines.append(f"{indent}{'└─' if last else '├─'}{painted(label, code)}")
             add(node, indent + ("  " if last else "│ "))
 
     add(ROOT, "")
     if bonus_token is not None:
-        lines.append(style.bonus(bonus_token))
+        lines.append(f"=> {painted(quoted(text_of(bonus_token)), _ACCEPTED)}")
     return "\n".join(lines)
 
 
 def quoted(text: str) -> str:
     """Return `text` in double quotes; characters that a terminal obeys or hides are escaped."""
-    return '"' + "".join(_printable(char) for char in text) + '"'
+    return '"' + "".join(map(_printable, text)).replace('"', '\\"') + '"'
+
+
+def _printable(char: str) -> str:
+    shown = char.isprintable() and char != "\\"
+    return char if shown else char.encode("unicode_escape").decode()
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -98,14 +85,3 @@ def legend(policy_scores: bool = True) -> str:
     """Return the meaning of the signs; `policy_scores`: whether the numbers are calibrated."""
     kind = "calibrated probability of acceptance" if policy_scores else "the drafter's probability"
     return f"● accepted  ○ rejected  => the bonus token; numbers: {kind} of the path"
-
-
-def _printable(char: str) -> str:
-    if char in _ESCAPES:
-        return _ESCAPES[char]
-    if char.isprintable():
-        return char
-    point = ord(char)
-    if point < 0x100:
-        return f"\\x{point:02x}"
-    return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"

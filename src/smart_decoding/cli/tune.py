@@ -21,7 +21,7 @@ from smart_decoding import __version__
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import machine, write_json
 from smart_decoding.bench.resume import Progress
-from smart_decoding.cli.arguments import json_object, refuse_windows, whole_numbers
+from smart_decoding.cli.arguments import refuse_windows, whole_numbers
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.integrations.tuning import report, sglang_lines
@@ -30,6 +30,7 @@ from smart_decoding.integrations.tuning.processes import ending_with_us, time_li
 from smart_decoding.integrations.tuning.search import Prompts, Search
 from smart_decoding.integrations.tuning.sglang import Sglang, write_costs
 from smart_decoding.integrations.tuning.vllm import Vllm
+from smart_decoding.options import mapping
 from smart_decoding.progress import on_terminal
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     add("model", help="as vLLM takes it: a hub id or a folder")
     speculative = f"vLLM's, without lengths ({NGRAM})"
     default = json.loads(NGRAM)
-    add("--speculative-config", type=json_object, default=default, metavar="JSON", help=speculative)
+    add("--speculative-config", type=mapping, default=default, metavar="JSON", help=speculative)
     more = 'other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)'
-    add("--engine-args", type=json_object, default={}, metavar="JSON", help=more)
+    add("--engine-args", type=mapping, default={}, metavar="JSON", help=more)
     add("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
     context = (
         "mean context of your requests while they are answered, for the profile of vLLM's "

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from smart_decoding.engine.stop_strings import StopString
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.errors import ConfigError, named_options
+from smart_decoding.errors import ConfigError
+from smart_decoding.options import named_options, option
 
 MAX_BAD_WORD = 256  # characters
 MAX_STOP = 1024  # characters
@@ -43,21 +44,16 @@ class SamplingParams:
     range or the name unknown. A value that is set later is checked when it is used.
 
     n: independent answers to one prompt (1 if greedy).
-    temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
-    min_p / top_k / top_p: least probability relative to the most likely token, in [0, 1] / most
-    likely tokens kept (0 or -1: all) / nucleus mass in (0, 1]. Applied in this order after
-    temperature, as in vLLM: top_p is a part of the tokens that min_p and top_k keep.
-    repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty,
-    frequency_penalty: in [-2, 2], on output tokens.
+    Below a temperature of 1e-5 top_p, top_k and min_p have no effect. Else min_p, top_k and top_p
+    are applied in this order, as in vLLM: top_p is a part of the tokens that the others keep.
+    presence_penalty, frequency_penalty: in [-2, 2], on output tokens.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
     allowed_token_ids: no other tokens are drawn. bad_words: forbidden texts: the token that would
     complete one is not drawn, at a text's beginning or after a blank.
     stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is
     kept. min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
-    max_tokens: None means up to the context's end.
     t_max_predict_ms: llama.cpp's, for editors: behind so many milliseconds of writing an answer
     ends, once it has a line's end; None or 0: never. Where it ends depends on the machine.
-    seed: 64-bit signed; None (or -1) lets the engine draw one.
     logprobs: how many most likely tokens to return with log probabilities, beyond the drawn one; -1
     means all. prompt_logprobs: the same for the prompt's tokens, which then are not taken from the
     cache.
@@ -72,11 +68,17 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = option(
+        1.0, "0 takes the likeliest token, more draws more freely; at most 2"
+    )
+    top_p: float = option(1.0, "draw from the likeliest tokens of this probability, in (0, 1]")
+    top_k: int = option(0, "draw from this many likeliest tokens; 0 or -1: all")
+    min_p: float = option(
+        0.0, "draw from tokens of at least this part of the likeliest one's probability"
+    )
+    repetition_penalty: float = option(
+        1.0, "lower the scores of tokens in prompt and answer by this factor, in [0.01, 100]"
+    )
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
@@ -84,9 +86,15 @@ class SamplingParams:
     stop_token_ids: list[int] | NDArray[np.int64] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
-    max_tokens: int | None = 16
+    max_tokens: int | None = option(
+        16, "longest answer; -1 on the command line, None in Python: to the end of the context"
+    )
     t_max_predict_ms: int | None = None
-    seed: int | None = None
+    seed: int | None = option(
+        None,
+        "the same seed gives the same answer under every policy",
+        usual="the engine draws one",
+    )
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     bad_words: list[str] | None = None

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import expanded
 
@@ -89,6 +87,8 @@ def _in_rgb(image: Image) -> Image:
     """Return the picture in RGB: 16 bits scaled to 8, transparent pixels on white."""
     pil = _pil()
     if image.mode.startswith("I;16"):  # Pillow's own conversion cuts them off at 255
+        import numpy as np  # imported late: options need its limits alone
+
         image = pil.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")

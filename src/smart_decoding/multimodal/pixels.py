@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from smart_decoding.engine.media import Pixels
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import reading
-from smart_decoding.quiet import quiet_transformers
+from smart_decoding.progress import quiet_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image

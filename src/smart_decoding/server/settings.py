@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.options import option
+
+KEY_VARIABLE = "SMART_API_KEY"
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s\"',]+")
 _LOWEST = {
@@ -21,29 +24,37 @@ _LOWEST = {
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Limits and addresses. Seconds and bytes; the model's own options are `LLM`'s.
+    """Limits and addresses. Seconds and bytes; the model's own options are `LLM`'s."""
 
-    max_queue: answers that may wait beyond the running ones, then 429; queue_timeout: seconds that
-    an answer may wait, then 503; api_keys: any of them opens the server; no_api_key: serve
-    strangers too, and under any host name; allowed_origins: of web pages whose scripts may send
-    requests, "*" is all.
-    """
-
-    model_name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    no_api_key: bool = False
-    allowed_origins: tuple[str, ...] = ()
-    max_queue: int = 256
-    queue_timeout: float = 60.0
-    max_body: int = 4 * 2**20
-    body_timeout: float = 30.0
-    max_n: int = 8
-    head_timeout: float = 10.0
-    max_connections: int = 512
-    shutdown_timeout: float = 30.0
-    log_level: str = "info"
+    model_name: str = option(
+        MISSING, "the name that clients ask for", usual="MODEL", name="served-model-name"
+    )
+    host: str = option("127.0.0.1", "address to listen on; any but loopback needs an API key")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_keys: tuple[str, ...] = option(
+        (), "key that clients must send", usual=f"${KEY_VARIABLE}, else none", name="api-key"
+    )
+    no_api_key: bool = option(False, "serve without a key beyond loopback too, under any host name")
+    allowed_origins: tuple[str, ...] = option(
+        (), "origin of web pages whose scripts may ask, '*' for all"
+    )
+    max_queue: int = option(256, "most answers that wait; status 429 beyond")
+    queue_timeout: float = option(60.0, "longest wait of an answer, in seconds; status 503 beyond")
+    max_body: int = option(4 * 2**20, "largest body of a request, in bytes; status 413 beyond")
+    body_timeout: float = option(
+        30.0, "longest time for a body to arrive, in seconds; status 408 beyond"
+    )
+    max_n: int = option(8, "most answers to one prompt")
+    head_timeout: float = option(
+        10.0, "longest time for a request's head to arrive, in seconds; status 408 beyond"
+    )
+    max_connections: int = option(512, "most connections; one address gets half of them at most")
+    shutdown_timeout: float = option(30.0, "seconds for running answers to end after SIGTERM")
+    log_level: str = option(
+        "info",
+        "least severe messages to log",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():

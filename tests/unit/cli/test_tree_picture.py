@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, quoted, wants_colour
+from smart_decoding.cli.tree_picture import draw_tree, quoted, wants_colour
 from smart_decoding.core.tree import ROOT, DraftTrees
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
@@ -24,8 +24,10 @@ def two_trees() -> DraftTrees:
 
 
 def picture(owner: int = 0, path: tuple[int, ...] = (1, 4), colour: bool = False) -> str:
-    style = TreeStyle(WORDS.__getitem__, colour)
-    return draw_tree(two_trees(), owner, path, style, root="capital of", bonus_token=6)
+    text_of = WORDS.__getitem__
+    return draw_tree(
+        two_trees(), owner, path, text_of, colour=colour, root="capital of", bonus_token=6
+    )
 
 
 def test_a_tree_with_its_accepted_path() -> None:
@@ -49,13 +51,13 @@ def test_each_request_has_its_own_tree() -> None:
 
 
 def test_without_nodes_only_the_text_before_is_drawn() -> None:
-    assert draw_tree(DraftTrees.empty(1), 0, [], TreeStyle(WORDS.__getitem__), root="x") == '"x"'
+    assert draw_tree(DraftTrees.empty(1), 0, [], WORDS.__getitem__, root="x") == '"x"'
 
 
 def test_without_scores_the_drafters_path_probability_is_shown() -> None:
     trees = two_trees()
     trees.accept_prob[:] = np.nan
-    lines = draw_tree(trees, 0, [], TreeStyle(WORDS.__getitem__)).splitlines()
+    lines = draw_tree(trees, 0, [], WORDS.__getitem__).splitlines()
     assert lines[1] == '├─○ " France" 0.70'
     assert lines[2] == '│ ├─○ " is" 0.56'
 

@@ -16,7 +16,7 @@ from PIL import Image
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.multimodal.images import FORMATS, Limits, open_image
 from smart_decoding.multimodal.messages import as_text, has_pictures, split
-from smart_decoding.quiet import quiet_transformers
+from smart_decoding.progress import quiet_transformers
 
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
 

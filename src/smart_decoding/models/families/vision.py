@@ -23,7 +23,7 @@ from smart_decoding.files import reading
 from smart_decoding.models.checkpoints.weight_files import Weights
 from smart_decoding.models.families.config import ModelConfig, check_shapes
 from smart_decoding.models.families.reading import config_from_hf
-from smart_decoding.quiet import quiet_transformers
+from smart_decoding.progress import quiet_transformers
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import Pixels

@@ -112,7 +112,7 @@ def predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
     """Return what plain decoding and every way to draft would bring to batches of one shape. It is
     kept until something is learned."""
     key = (max_levels, *shape.key())
-    found = state.predictions.get(key)
+    found: Prediction | None = state.predictions.get(key)
     if found is None:
         found = state.predictions[key] = _predict(state, shape, max_levels)
     return found

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.batch import size_bucket
 from smart_decoding.core.calibration import RunningMean
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.calibration import Calibration, Forecast
     from smart_decoding.core.costs import CostModel, Sample
     from smart_decoding.core.exploration import Credit
-    from smart_decoding.core.policies.smart.predict import Prediction
 
 
 # Standard deviation of one request's log rate, in a round of free drafters, over its forecast.
@@ -168,8 +167,8 @@ class SmartState:
     backoff: Backoff = field(default_factory=Backoff)
     # Requests and seconds of a plain round, as predicted last.
     predicted_plain: tuple[int, float] = (0, 0.0)
-    # By shape; kept until something is learned.
-    predictions: dict[tuple[object, ...], Prediction] = field(default_factory=dict)
+    # `Prediction`s by shape, until something is learned.
+    predictions: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def realised(self, mode: Mode) -> Realised:
         """Return what rounds of a drafting mode reach of their forecast."""
