@@ -7,26 +7,23 @@ counted. Its format is that of ggml, which describes it in a page gguf.md.
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from smart_decoding.errors import ModelError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 HEAD = "eagle3"  # the architecture of files of draft heads
 # What a header may have: single numbers, and values in arrays. The largest vocabularies have
 # 850,000 in arrays: texts, types or scores, and merges.
 _READS = 1 << 20
 _VALUES = 1 << 21
-_NUMBERS = {  # codes of struct and numpy, by the kind of a value
+_NUMBERS = {  # codes of `struct` and `array`, by the kind of a value
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i"},
     **{6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"},
 }
@@ -64,7 +61,7 @@ class Metadata(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
-        return value.tolist() if isinstance(value, np.ndarray) else value
+        return value.tolist() if isinstance(value, memoryview) else value
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -80,7 +77,7 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
     """Return metadata by key, and tensors by name. Raises ModelError for a file that is shorter
     than its header says, or corrupt."""
     try:
-        data = np.memmap(path, np.uint8, "r").data
+        data = _mapped(path)
         header = _Header(data)
         tensor_count, entries = header.begin()
         values: dict[str, Any] = {}
@@ -131,7 +128,7 @@ def _beginning(path: Path) -> dict[str, str | float]:
     time."""
     found: dict[str, str | float] = {}
     with suppress(OSError, ValueError, LookupError, OverflowError, struct.error):
-        header = _Header(np.memmap(path, np.uint8, "r").data)
+        header = _Header(_mapped(path))
         _, entries = header.begin()
         for _ in range(entries):
             key = header.text()
@@ -141,6 +138,11 @@ def _beginning(path: Path) -> dict[str, str | float]:
             if isinstance(value, str | float | int):
                 found[key] = value
     return found
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
 
 
 class _Header:
@@ -187,7 +189,7 @@ class _Header:
             return self.text()
         return self._array() if kind == _ARRAY else self.number(_NUMBERS[kind])
 
-    def _array(self) -> list[str] | NDArray[Any]:
+    def _array(self) -> list[str] | memoryview[Any]:
         """Return texts, or numbers as a view of the file."""
         kind, count = self.number("I"), self.number("Q")
         self._values += count
@@ -195,8 +197,16 @@ class _Header:
             raise ValueError("a header that does not end")
         if kind == _TEXT:
             return self._texts(count)
-        numbers = np.frombuffer(self._data, self._order + _NUMBERS[kind], count, self.at)
-        self.at += numbers.nbytes
+        code: Any = _NUMBERS[kind]
+        end = self.at + struct.calcsize(code) * count
+        if end > len(self._data):
+            raise ValueError("a header that does not end")
+        numbers: memoryview[Any] = self._data[self.at : end].cast(code)
+        self.at = end
+        if (self._order == "<") is not (sys.byteorder == "little") and code != "?":
+            swapped = array(code, numbers)
+            swapped.byteswap()
+            return memoryview(swapped)
         return numbers
 
     def _texts(self, count: int) -> list[str]:
