@@ -438,7 +438,9 @@ def main() -> int:
     subprocess.run([sys.executable, "-c", known], check=True)  # else it is taken beside the load
     with server(args, args.policy) as ours, server(args, "off") as off:
         result = soak(args, {args.policy: ours, "off": off})
-    from smart_decoding.bench.provenance import provenance, write_json
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from smart_decoding.files import write_json
+    from smart_lab.provenance import provenance
 
     command = "python tools/soak.py " + " ".join(sys.argv[1:])
     result |= {name: getattr(args, name) for name in ("clients", "seconds", "blocks", "pause")}

@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.options import BASELINE, check_outputs, parse_setting
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.options import BASELINE, parse_setting
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
 from smart_lab.figures import beliefs, requests, slowdowns
 from smart_lab.machines import RECORDED, costs_of
+from smart_lab.provenance import check_outputs
 from smart_lab.recording import interleaved
 from smart_lab.replay import replay
 from smart_lab.sweep import SHORT, Sweep

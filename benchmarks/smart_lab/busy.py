@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
-from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
+from smart_lab.provenance import check_outputs, provenance
 
 WANTED = 0.6
 MODEL = "smollm2-135m"
@@ -175,17 +174,9 @@ def demo(tokens: int) -> Iterator[Measure]:
 @contextmanager
 def bench(tokens: int) -> Iterator[Measure]:
     """`smart bench` of one prompt, a new process each time; SMART's speed."""
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "bench.json"
-        what = ["--policies", "smart", "--batch-sizes", "1", "--tasks", "code", "--limit", "1"]
-        line = [*COMMAND, "bench", *what, "--max-tokens", str(tokens), "--json", str(file)]
-
-        def measure() -> float:
-            said(line)
-            runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-            return float(next(r["tokens_per_s"] for r in runs if r["policy"] == "smart"))
-
-        yield measure
+    what = ["--policies", "smart", "--batch-sizes", "1", "--tasks", "code", "--limit", "1"]
+    line = [*COMMAND, "bench", *what, "--max-tokens", str(tokens)]
+    yield lambda: float(re.findall(r"^smart +1 +([\d.]+)", said(line), re.MULTILINE)[0])
 
 
 def said(line: list[str]) -> str:

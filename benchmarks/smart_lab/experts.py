@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.options import BASELINE, OURS, check_outputs, parse_setting
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.options import BASELINE, OURS, parse_setting
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.costs import CostModel, Curve, ExpertCosts
 from smart_decoding.core.tree import ROOT
+from smart_decoding.files import write_json
 from smart_lab.ablate import ordered
+from smart_lab.provenance import check_outputs
 from smart_lab.replay import StepCosts, replay
 from smart_lab.trace import Trace, read_trace
 

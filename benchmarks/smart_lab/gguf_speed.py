@@ -35,21 +35,21 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.provenance import commit, machine, provenance, write_json
-from smart_decoding.bench.resume import Progress
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
-from smart_decoding.files import sha256_of
+from smart_decoding.files import sha256_of, write_json
 from smart_decoding.integrations.tuning.processes import ending_with_us
 from smart_decoding.integrations.tuning.settings import PLAIN
+from smart_decoding.measuring.machine import machine
+from smart_decoding.measuring.resume import Progress
+from smart_decoding.measuring.tasks import load_task
 from smart_lab.gguf import ik, report
 from smart_lab.gguf.engines import RIVALS, Processes, Rival
 from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import LlamaCpp, Program, Server, Sizes
 from smart_lab.gguf.tuning import DRAFT, TokenServers, Tuned, searched, tuned
+from smart_lab.provenance import check_outputs, commit, provenance
 from smart_lab.resume import source_digest
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.provenance import commit, hardware, versions, write_json
-from smart_decoding.bench.summary import POOLED
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
+from smart_decoding.files import write_json
+from smart_decoding.measuring.machine import versions
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.memory import EngineLimits, need_of, tokens_beside
 from smart_decoding.models.families.config import ModelConfig
@@ -29,6 +29,7 @@ from smart_decoding.profiling.measure import verification
 from smart_lab.floor import bytes_moved, near_floor, read_rate
 from smart_lab.hardware import acceptances
 from smart_lab.options import LabOptions
+from smart_lab.provenance import commit, hardware
 from smart_lab.replayed_run import (
     PROFILE_SECONDS,
     Replay,
@@ -37,6 +38,7 @@ from smart_lab.replayed_run import (
     random_checkpoint,
 )
 from smart_lab.simulate import limits_of
+from smart_lab.summary import POOLED
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 

@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Sequence
 
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.core.policies import POLICIES
+from smart_decoding.measuring.tasks import DEFAULT_TASKS, load_task
 
 COUNT, TOKENS = 16, 32
 Answers = list[list[int]]

@@ -27,14 +27,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.options import BASELINE, check_outputs
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.options import BASELINE
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.batch import Round
+from smart_decoding.files import write_json
 from smart_lab.ablate import contestant
 from smart_lab.ablations import BUMPS, MOST_WRONG, NOWHERE, askew, bent
 from smart_lab.figures import MODEL, NGRAMS, OWN, SLOW, Figures, beliefs, requests, slowdowns
 from smart_lab.machines import costs_of
+from smart_lab.provenance import check_outputs
 from smart_lab.replay import READ, Prompts, Walk, draft, judged
 from smart_lab.trace import Trace, read_trace
 from smart_lab.unsteady import Turns, noisy

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.sections import number
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_lab.sections import number
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.results import Results
+    from smart_lab.results import Results
 
 EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 COLOURS = ("#2a78d6", "#d9541e", "#128a5e", "#b07800", "#c2478a", "#5a48c8", "#6b7d1e", "#a03a3a")

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import Arm
-from smart_decoding.bench.provenance import provenance
-from smart_decoding.bench.runner import encode, load
+from smart_decoding.bench.runner import encode
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.drafters.union import UnionDrafter
-from smart_lab.options import LabOptions, command_of
+from smart_decoding.measuring.tasks import load_task
+from smart_lab.options import LabOptions, command_of, loaded
+from smart_lab.provenance import provenance
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts
 from smart_lab.trace import Trace
@@ -43,7 +43,7 @@ def record_trace(options: LabOptions) -> Trace:
         task: load_task(task, options.skip + options.limit)[options.skip :]
         for task in options.tasks
     }
-    llm = load(options)
+    llm = loaded(options)
     arm = llm.sharing_weights(options.speculation(Arm("smart")))
     policy = arm.policy
     prior, prompts = prior_of(policy), encode(llm, texts, options)

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.options import BASELINE, check_outputs
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.options import BASELINE
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.costs import CostModel
+from smart_decoding.files import write_json
 from smart_lab.ablate import contestant
+from smart_lab.provenance import check_outputs
 from smart_lab.recording import Recording
 from smart_lab.simulation import Totals, World, best_rounds, run, total
 from smart_lab.trace import Trace

@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from smart_decoding.bench.options import BASELINE, OURS, check_outputs
-from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.heads.vocabulary import USUAL_SIZE
 from smart_lab.options import LabOptions
+from smart_lab.provenance import check_outputs
 from smart_lab.replayed_run import PROFILE_SECONDS, Replay
 from smart_lab.synthetic import synthetic_mtp
 from smart_lab.trace import Trace, read_trace

@@ -27,9 +27,7 @@ import torch
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
-from smart_decoding.bench.cycles import AGAIN, measure, rows_of
 from smart_decoding.bench.options import BASELINE, OURS
-from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.selection import Fixed
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
@@ -53,8 +51,10 @@ from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import SCRATCH_PAGES
+from smart_lab.cycles import AGAIN, measure, rows_of
 from smart_lab.hardware import dimensions
 from smart_lab.replay import Source
+from smart_lab.summary import POOLED
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smart_decoding.errors import ConfigError
 from smart_lab.plots import EXTRA, can_draw, write_plot
-from smart_lab.results import LabResults
+from smart_lab.results import Results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,6 @@ def main(args: argparse.Namespace) -> int:
     if not can_draw():
         raise ConfigError(f"plots need matplotlib: {EXTRA}")
     path = folder / "speedup.png"
-    write_plot(LabResults.read(args.results), path)
+    write_plot(Results.read(args.results), path)
     print(f"wrote {path}")
     return 0

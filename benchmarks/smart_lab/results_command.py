@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.provenance import write_text
-from smart_decoding.bench.results import mapping
-from smart_decoding.bench.sections import Cell, RatioCell, Section, text_of
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_text
 from smart_lab import bars, tables
-from smart_lab.results import LabResults
+from smart_lab.results import Results, mapping
+from smart_lab.sections import Cell, RatioCell, Section, text_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "speeds.svg"
@@ -160,7 +159,7 @@ def tables_of(data: Mapping[str, Any]) -> list[str]:
     if "llama_cpp" in data:
         found += tables.gguf(data)
     elif data.get("runs"):
-        runs = LabResults.from_dict(data).runs
+        runs = Results.from_dict(data).runs
         found += [tables.by_batch(runs), tables.tuned(runs), tables.over(runs)]
     if data.get("robustness"):
         found.append(tables.robust(data["robustness"]))

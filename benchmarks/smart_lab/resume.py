@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import smart_decoding
 from smart_decoding.bench.blocks import Answer, Block, Counts
-from smart_decoding.bench.cycles import Measurement
-from smart_decoding.bench.provenance import commit, hardware, versions
+from smart_decoding.measuring.machine import versions
+from smart_lab.cycles import Measurement
+from smart_lab.provenance import commit, hardware
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
+    from smart_decoding.measuring.resume import Progress
     from smart_lab.options import LabOptions
 
 _MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")

@@ -35,30 +35,32 @@ from safetensors.torch import load_file, save_file
 
 from smart_decoding import LLM
 from smart_decoding.bench.blocks import Counts, Prompt
-from smart_decoding.bench.cycles import AGAIN, Measurement, measure
-from smart_decoding.bench.data import DEFAULT_TASKS, load_task
-from smart_decoding.bench.options import BenchOptions, check_outputs
-from smart_decoding.bench.provenance import provenance, write_json
-from smart_decoding.bench.resume import Progress
-from smart_decoding.bench.runner import encode, load
-from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
+from smart_decoding.bench.results import decode_speedup
+from smart_decoding.bench.runner import encode
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
 from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.measuring.resume import Progress
+from smart_decoding.measuring.tasks import DEFAULT_TASKS, load_task
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
+from smart_lab.cycles import AGAIN, Measurement, measure
 from smart_lab.figures import SLOW
+from smart_lab.options import LabOptions, loaded
+from smart_lab.provenance import check_outputs, provenance
+from smart_lab.summary import end_to_end_speedup
 
 if TYPE_CHECKING:
     from smart_decoding.bench.blocks import Block
-    from smart_decoding.bench.statistics import Ratio
     from smart_decoding.core.batch import Round
     from smart_decoding.core.policies.smart import Smart
     from smart_decoding.engine.engine import Engine
+    from smart_decoding.measuring.statistics import Ratio
 
 WINDOW, MOST_ROUNDS = 16, 160
 REQUIRED = 0.99  # of plain decoding, end to end
@@ -159,7 +161,7 @@ def _tokens(model: str, count: int) -> NDArray[np.int64]:
     return np.resize(np.array(text), count)
 
 
-def adversarial(llm: LLM, options: BenchOptions) -> dict[str, list[Prompt]]:
+def adversarial(llm: LLM, options: LabOptions) -> dict[str, list[Prompt]]:
     """Random tokens, many languages, digits: drafts are bad on all of them."""
     rng = np.random.default_rng(5)
     digits = [
@@ -195,10 +197,10 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         _shipped(args.model)  # before anything is loaded
-        self.options = BenchOptions(
+        self.options = LabOptions(
             batch_sizes=args.batch_sizes, max_tokens=args.max_tokens, model=args.model
         )
-        self.llm = load(self.options)
+        self.llm = loaded(self.options)
         self.usual = encode(
             self.llm, {task: load_task(task, PROMPTS) for task in self.options.tasks}, self.options
         )

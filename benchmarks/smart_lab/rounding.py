@@ -25,16 +25,16 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from tqdm import tqdm
 
-from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, RowsBuilder
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_lab.gguf.server import call, require
+from smart_lab.provenance import check_outputs, provenance
 
 QUANTIZE, PERPLEXITY = "llama-quantize", "llama-perplexity"
 WINDOW = 512

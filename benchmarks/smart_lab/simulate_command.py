@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
+from smart_lab.provenance import check_outputs
 from smart_lab.simulate import EAGLE2, EAGLE_2, PAPER, SMART, Simulation, Simulator, name_of
 from smart_lab.trace import Trace, read_trace
 

@@ -16,7 +16,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 
-from smart_decoding.bench.data import TASKS, gsm8k, human_eval
+from smart_decoding.measuring.tasks import TASKS, gsm8k, human_eval
 
 Task = Mapping[str, str]
 LONG_PROMPT = 4096  # tokens of the longest of the task `long`, for which memory is then made

@@ -10,14 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.sections import (
-    UNKNOWN,
-    Cell,
-    Section,
-    ratio_cell,
-    said,
-)
-from smart_decoding.bench.summary import POOLED
 from smart_lab.gguf.report import (
     build_of,
     drafts_of,
@@ -28,9 +20,17 @@ from smart_lab.gguf.report import (
     servers_of,
     title,
 )
+from smart_lab.sections import (
+    UNKNOWN,
+    Cell,
+    Section,
+    ratio_cell,
+    said,
+)
+from smart_lab.summary import POOLED
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.results import Run
+    from smart_lab.results import Run
 
 DID = ("`smart`: end to end", "tokens, rows per round", "rounds off", "controller", "worst request")
 
@@ -72,6 +72,18 @@ def _did(run: Run | None) -> Sequence[Cell]:
         said(run, "controller_share", 1, 100, " %"),
         said(run, "worst_tpot_ratio", 2, unit=" ×"),
     )
+
+
+def by_task(runs: Sequence[Run]) -> Section:
+    """Return every speedup by task."""
+    found = {(run["policy"], run["batch_size"], run["task"]): run for run in runs}
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    rows = [
+        (policy, str(size), *(ratio_cell(found.get((policy, size, task))) for task in tasks))
+        for policy, size in dict.fromkeys((run["policy"], run["batch_size"]) for run in runs)
+        if policy != BASELINE
+    ]
+    return Section("Speedup by task", head=("policy", "batch", *tasks), rows=rows)
 
 
 def tuned(runs: Sequence[Run]) -> Section:

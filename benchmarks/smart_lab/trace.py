@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.provenance import plain
 from smart_decoding.core.calibration import Calibration, Forecast
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.errors import CapacityError, ConfigError
-from smart_decoding.files import whole
+from smart_decoding.files import plain, whole
 from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts
 
@@ -85,7 +84,7 @@ def read_trace(path: Path) -> Trace:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     words = first.split(b" ")
     if words[0] != MAGIC or len(words) != 3:
-        raise ConfigError(f"{path} is not a recording: make one with smart bench --record FILE")
+        raise ConfigError(f"{path} is not a recording: make one with smart_lab bench --record FILE")
     if words[1] != VERSION:
         raise ConfigError(
             f"{path} has format {words[1].decode(errors='replace')}, "

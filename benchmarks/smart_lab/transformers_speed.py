@@ -21,11 +21,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from smart_decoding.bench.data import DEFAULT_TASKS, load_task
-from smart_decoding.bench.provenance import commit, hardware
 from smart_decoding.integrations.transformers import generate, last_report
+from smart_decoding.measuring.tasks import DEFAULT_TASKS, load_task
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.text.tokenizer import Tokenizer
+from smart_lab.provenance import commit, hardware
 
 PAD = 2
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
-from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm
 from smart_decoding.errors import ConfigError
+from smart_decoding.measuring.tasks import load_task
 from smart_lab.ablations import VARIANTS
 from smart_lab.options import CHAINS
 from smart_lab.replay import HostCosts, replay
@@ -27,11 +27,11 @@ from smart_lab.sweep import Setting, Sweep
 from smart_lab.trace import Trace
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
     from smart_decoding.core.batch import Round
     from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.llm import LLM
+    from smart_decoding.measuring.resume import Progress
     from smart_lab.options import LabOptions
 
 RECORDING = 0.4  # of the time for tuning, or for gains

@@ -32,11 +32,11 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.provenance import plain
-from smart_decoding.bench.statistics import Pair, paired_ratio
 from smart_decoding.cli.arguments import whole_numbers
+from smart_decoding.files import plain
 from smart_decoding.kernels import children
+from smart_decoding.measuring.statistics import Pair, paired_ratio
+from smart_decoding.measuring.tasks import load_task
 
 children.become_another_program()  # vLLM runs here, in these processes
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,34 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write `result` whole or not at all; NaN and infinities become null. Raises CapacityError if
+    it cannot."""
+    write_text(path, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises CapacityError if it cannot."""
+    try:
+        with whole(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CapacityError(f"{path} could not be written: {error.strerror}") from error
+
+
+def plain(value: Any) -> Any:
+    """Return a value for JSON: without numpy scalars, None for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()  # a numpy scalar
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,12 +14,12 @@ sys.path.append(str(Path(__file__).parents[1] / "server"))
 from serving import save_tiny_model
 
 import smart_decoding
-from smart_decoding.bench.data import TASKS
 from smart_decoding.cli.main import main
 from smart_decoding.core.policies import POLICIES, add_policy
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
+from smart_decoding.measuring.tasks import TASKS
 from smart_decoding.profiling import measure
 
 PAGE = Path(__file__).parents[2] / "docs" / "your-policy.md"
@@ -77,19 +76,14 @@ def test_it_is_measured_on_prompts_of_a_file(
     words = (
         f"bench -m {save_tiny_model(tmp_path)} --policy {place} --prompts {tmp_path / 'mine.txt'} "
         "--policy-options narrow:levels=2 --policy-options narrow: --method ngram "
-        "--method-option min_n=1 --batch-sizes 1 --max-tokens 24 "
-        f"--json {tmp_path / 'found.json'}"
+        "--method-option min_n=1 --batch-sizes 1 --max-tokens 24"
     )
     assert main(words.split()) == 0
-    assert "smart / it" in capsys.readouterr().out
-    found = json.loads((tmp_path / "found.json").read_text())
-    runs = {run["policy"]: run for run in found["runs"] if run["task"] == "prompts"}
-    assert set(runs) == {"off", "smart", "narrow", "narrow(levels=2)"}
-    assert runs["narrow"]["identical"]
-    assert runs["narrow"]["prompts"] == 2
-    assert runs["narrow"]["rows_per_round"] > 1
-    command = found["provenance"]["command"]
-    assert "--policy narrow.py:Narrow --prompts mine.txt" in command
+    head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.endswith("smart / it (95 %)")
+    assert [line.split()[0] for line in lines] == ["off", "smart", "narrow(levels=2)", "narrow"]
+    assert all(re.search(r" yes +[\d.]+ +2 ", line) for line in lines)  # answers alike, two blocks
+    assert [line.split()[-1] for line in lines[:2]] == ["-", "-"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from gguf import GGUFWriter
 
-from smart_decoding.bench import provenance
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.resume import Progress
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import tune as cli_tune
 from smart_decoding.errors import ConfigError
@@ -32,6 +29,9 @@ from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, architecture,
 from smart_decoding.integrations.tuning.llama_help import LlamaHelp
 from smart_decoding.integrations.tuning.search import Prompts, Search
 from smart_decoding.integrations.tuning.settings import Setting
+from smart_decoding.measuring import machine
+from smart_decoding.measuring.resume import Progress
+from smart_decoding.measuring.tasks import load_task
 
 from .told import trial_as_told
 
@@ -53,7 +53,7 @@ OLD = """usage: llama-server [options]
 @pytest.fixture(autouse=True)
 def no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All machines search alike: one whose system does not tell of huge pages."""
-    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "none")
+    monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "none")
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_huge_pages_are_tried_where_they_must_be_requested(
     mode: str, libc: tuple[str, str], found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "enabled").write_text(mode + "\n")
-    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "enabled")
     monkeypatch.setattr("platform.libc_ver", lambda: libc)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert huge_pages.variable() == ((huge_pages.VARIABLE,) if found else ())
@@ -393,7 +393,7 @@ def test_blocks_of_another_machine_are_refused(
 ) -> None:
     words = ("--slots", "1", "--resume", str(tmp_path / "kept"), "--time-limit", "12")
     assert tune(*words) == 0
-    monkeypatch.setattr(cli_tune, "machine", lambda: {**provenance.machine(), "cpu": "another"})
+    monkeypatch.setattr(cli_tune, "machine", lambda: {**machine.machine(), "cpu": "another"})
     assert tune(*words) == 2
     assert "is of another run (machine cpu " in capsys.readouterr().err
 

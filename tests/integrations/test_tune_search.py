@@ -13,13 +13,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from smart_decoding.bench.resume import Progress
-from smart_decoding.bench.statistics import Ratio
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.tuning import busy, report, sglang, verdicts, vllm
 from smart_decoding.integrations.tuning.found import Found, LoadResult
 from smart_decoding.integrations.tuning.search import JUDGED, RACES, Prompts, Search
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
+from smart_decoding.measuring.resume import Progress
+from smart_decoding.measuring.statistics import Ratio
 
 TEXTS = [f"prompt {number}" for number in range(120)]
 TOKENS = 192  # of a block

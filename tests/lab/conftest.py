@@ -7,6 +7,7 @@ from smart_decoding.core.policies import POLICIES
 from smart_lab.rival_policies import RIVAL_POLICIES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "bench"))  # for worlds.py
+sys.path.insert(0, str(Path(__file__).parent))  # for measured.py
 
 
 @pytest.fixture(autouse=True)

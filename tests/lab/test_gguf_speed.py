@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import worlds
 
-from smart_decoding.bench import provenance
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.tuning.found import Found, Trials
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
 from smart_decoding.kernels import children
+from smart_decoding.measuring import machine
 from smart_lab import gguf_speed, tables
 from smart_lab.gguf import engines, ik, ours, rates, report, server, worker
 from smart_lab.gguf.engines import OPENVINO, VLLM, Processes, Worker, job_of
@@ -162,7 +162,7 @@ for line in sys.stdin:
 @pytest.fixture(autouse=True)
 def no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All machines try the same settings."""
-    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "none")
+    monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "none")
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 from smart_lab import plots
 from smart_lab.__main__ import LAB
-from smart_lab.results import LabResults
+from smart_lab.results import Results
 
 
 def test_speedups_have_bands_and_the_line_at_one() -> None:
     pytest.importorskip("matplotlib")
-    (axes,) = plots.drawn(LabResults.from_dict(results())).axes
+    (axes,) = plots.drawn(Results.from_dict(results())).axes
     policies = [line for line in axes.lines if line.get_linestyle() == "-"]
     (level,) = [line for line in axes.lines if line not in policies]
     assert list(level.get_ydata()) == [1.0, 1.0]
@@ -46,7 +46,7 @@ def test_the_plot_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("change", ODD)
 def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    plots.drawn(LabResults.from_dict(changed(change)))
+    plots.drawn(Results.from_dict(changed(change)))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
 def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        LabResults.read(tmp_path / "r.json")
+        Results.read(tmp_path / "r.json")
 
 
 def test_the_command_refuses_what_it_cannot_do(
@@ -88,5 +88,5 @@ def test_the_command_refuses_what_it_cannot_do(
     assert cli.main(["report", str(source), "--plots", str(tmp_path / "plots")], LAB) == 2
     assert "-e '.[bench]'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        plots.write_plot(LabResults.from_dict(results()), tmp_path / "plots" / "a.png")
+        plots.write_plot(Results.from_dict(results()), tmp_path / "plots" / "a.png")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from smart_decoding.cli.main import main
 from smart_lab.__main__ import LAB
 from smart_lab.plots import drawn
-from smart_lab.results import LabResults
+from smart_lab.results import Results
 from smart_lab.results_command import KINDS, RESULTS, kind_of
 
 FILES = sorted(RESULTS.glob("*/*.json"))
@@ -33,7 +33,7 @@ def test_a_machine_has_one_run_of_each_kind() -> None:
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_committed_results_can_be_drawn(path: Path) -> None:
     pytest.importorskip("matplotlib")
-    (axes,) = drawn(LabResults.read(path)).axes
+    (axes,) = drawn(Results.read(path)).axes
     assert len(axes.lines) > 1  # beside the one at 1
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import worlds
 
-from smart_decoding.bench import cycles
-from smart_decoding.bench.cycles import measure, rows_of
-from smart_decoding.bench.resume import Progress
+from smart_decoding.bench.blocks import run_block
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
-from smart_lab import resume
+from smart_decoding.measuring.resume import Progress
+from smart_lab import cycles, resume
+from smart_lab.cycles import measure, rows_of
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
     KeptMeasurement,
@@ -91,44 +91,10 @@ def test_a_cut_run_measures_only_what_is_missing(
 
 def test_a_block_reads_back_as_it_was() -> None:
     clock = worlds.Clock()
-    block = cycles.run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
+    block = run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
     back = block_of(json.loads(json.dumps(plain_block(block))))
     assert back == block
     assert back.tokens_per_s == block.tokens_per_s
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ({"option": {"limit": 4, "seed": 0}}, "option limit 3 there, 4 here"),
-        ({"option": {"limit": 3, "seed": 0}, "commit": "b"}, "commit a there, b here"),
-    ],
-)
-def test_another_run_is_refused_in_one_line(
-    key: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "run.part"
-    Progress(file, {"option": {"limit": 3, "seed": 0}, "commit": "a"}).add("x", 1)
-    with pytest.raises(ConfigError, match=message) as caught:
-        Progress(file, key)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_learnt_later_must_agree_too(tmp_path: Path) -> None:
-    file = tmp_path / "run.part"
-    first = Progress(file, {})
-    first.agree("weights", {"model": "a"})
-    first.add("x", 1)
-    Progress(file, {}).agree("weights", {"model": "a"})
-    with pytest.raises(ConfigError, match="weights model a there, b here"):
-        Progress(file, {}).agree("weights", {"model": "b"})
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"key": {}}', '{"key": {}, "units": 3}'])
-def test_what_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "x").write_text(text)
-    with pytest.raises(ConfigError, match="is not a run to go on with"):
-        Progress(tmp_path / "x", {})
 
 
 def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smart_decoding.bench.blocks import Answer, Block, Counts
-from smart_decoding.bench.cycles import Measurement
+from smart_lab.cycles import Measurement
 from smart_lab.robustness import _figures, line_of
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from smart_decoding.bench.data import DEFAULT_TASKS, TASKS, load_task, ngrams
+from smart_decoding.measuring.tasks import DEFAULT_TASKS, TASKS, load_task, ngrams
 from smart_decoding.training.seeds import TEXTS
 from smart_lab.suites import LONG_CHARACTERS, edits, long_contexts, solution
 

@@ -27,9 +27,9 @@ import huggingface_hub
 import pytest
 
 from smart_decoding import files
-from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.files import sha256_of
+from smart_decoding.measuring.tasks import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.models.checkpoints import hub as downloads
 from smart_decoding.models.checkpoints import hub_repository, pypi
 from smart_decoding.models.checkpoints import registry as models

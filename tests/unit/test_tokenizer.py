@@ -20,10 +20,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from smart_decoding.bench.data import load_task
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.measuring.tasks import load_task
 from smart_decoding.models.text import chat_template, tokenizer
 from smart_decoding.models.text.tokenizer import Tokenizer
 

@@ -25,11 +25,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from smart_decoding.bench.options import check_outputs
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.families.family import GGUF_MTP, MTP
 from smart_decoding.models.families.mtp import LAYER, mtp_shapes
 from smart_decoding.models.families.reading import config_from_hf, family_of
+from smart_lab.provenance import check_outputs
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
 from smart_decoding.errors import ModelError
+from smart_decoding.measuring.statistics import Pair, Ratio, paired_ratio
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from smart_decoding.bench.results import mapping
 from smart_lab.gguf.ik import NAME as IK
 from smart_lab.gguf.rates import best, by_task, figures, ratio
+from smart_lab.results import mapping
 
 THEIRS = "llama.cpp"
 KEYS = ("overall", "decode")

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.resume import Progress
 from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, together
 from smart_decoding.integrations.tuning.search import Prompts, Search
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting
+from smart_decoding.measuring.resume import Progress
 from smart_lab.gguf.server import Program, Sizes, command_of, environment
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from pictures_model.generated.facts import random_picture
 from pictures_model.generated.questions import Question, questions
 from pictures_model.generated.wordings import HELD_OUT, KINDS, TRAIN
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.bench.provenance import provenance
+from smart_decoding.measuring.machine import machine, versions
 
 SEEDS = 77  # training uses 0, its own measurements 1
 CONDITIONS = {"trained": (TRAIN, False), "held-out": (HELD_OUT, False), "blank": (TRAIN, True)}
@@ -66,7 +66,13 @@ def main(argv: list[str]) -> int:
     print(table(found))
     if args.json:
         record: dict[str, Any] = {"pictures": args.pictures, "right and asked, by kind": found}
-        record["provenance"] = provenance(shlex.join(sys.argv), SEEDS, llm.provenance, None)
+        record["provenance"] = {
+            "command": shlex.join(sys.argv),
+            "seed": SEEDS,
+            "weights": llm.provenance["weights"],
+            "hardware": machine(),
+            "versions": versions(),
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -27,8 +27,8 @@ def ask(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """`smart bench` with this model, on its own task unless --tasks says otherwise."""
-    from smart_decoding.bench.data import TASKS
     from smart_decoding.cli import main as smart
+    from smart_decoding.measuring.tasks import TASKS
 
     TASKS["pictures"] = picture_prompts
     return smart.main(["bench", *_this_model(), "--tasks", "pictures", *argv])

@@ -9,8 +9,8 @@ from PIL import Image
 
 from pictures_model import commands
 from pictures_model.__main__ import COMMANDS, main
-from smart_decoding.bench import data
 from smart_decoding.cli import main as smart
+from smart_decoding.measuring import tasks
 from smart_decoding.training.seeds import read_questions
 
 
@@ -25,13 +25,13 @@ def test_bench_knows_one_task_more(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(smart, "main", lambda argv: asked.append(argv) or 0)
     monkeypatch.setattr(commands, "model_folder", lambda: Path("whole"))
-    monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     assert main(["bench", "--batch-sizes", "1"]) == 0
     (argv,) = asked
     assert argv[:3] == ["bench", "--model", "whole"]
     assert argv[-2:] == ["--batch-sizes", "1"]
     assert argv[argv.index("--tasks") + 1] == "pictures"
-    assert len(data.load_task("pictures", 3)) == 3
+    assert len(tasks.load_task("pictures", 3)) == 3
 
 
 def test_questions_are_what_smart_train_reads(tmp_path: Path) -> None:

@@ -1,2 +1,1 @@
-"""Measuring on this machine: blocks of requests under alternating policies, statistics and
-reports."""
+"""`smart bench`: policies beside plain decoding on this machine, in alternating rounds."""

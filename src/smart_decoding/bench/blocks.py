@@ -82,11 +82,6 @@ class Block:
         """Decode-only throughput; NaN if no round was counted."""
         return self.counts.tokens / self.counts.seconds if self.counts.seconds > 0 else float("nan")
 
-    @property
-    def overall_tokens_per_s(self) -> float:
-        """End to end; NaN for an empty block."""
-        return self.total_tokens / self.total_seconds if self.total_seconds > 0 else float("nan")
-
 
 @dataclass(slots=True)
 class _Note:

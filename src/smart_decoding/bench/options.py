@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.files import without_folder
+from smart_decoding.measuring.tasks import DEFAULT_TASKS, TASKS
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.text import chat_template
 
@@ -27,12 +25,6 @@ QUICK: dict[str, Any] = {
     "limit": 8,
     "max_tokens": 64,
     "time_limit": 100.0,
-}
-FILES = ("draft",)  # text options that may name a folder
-REPEATED = {
-    "policy_options": "policy-options",
-    "method_options": "method-option",
-    "policy": "policy",
 }
 
 
@@ -78,7 +70,6 @@ class BenchOptions:
     prompts, measured as a task of that name.
     limit: prompts per task.
     time_limit: seconds over the whole run; results so far are then reported, marked as partial.
-    json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
@@ -96,8 +87,6 @@ class BenchOptions:
     method: str | None = None
     policy_options: Sequence[str] = ()
     time_limit: float | None = None
-    seed: int = 0
-    json: Path | None = None
     device: str = "auto"
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +108,6 @@ class BenchOptions:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
-        check_outputs((self.json,))
         self.sampling(0)
         self._check_arms()
 
@@ -157,20 +145,6 @@ class BenchOptions:
         unique = {arm.label: arm for arm in arms}
         return list(unique.values())
 
-    @property
-    def mean_prompt(self) -> int:
-        """Tokens of a prompt that KV memory is made for; longer ones may be preempted."""
-        return MEAN_PROMPT
-
-    @property
-    def max_model_len(self) -> int | None:
-        """The longest prompt plus answer; None for the usual."""
-        return None
-
-    def most_contestants(self) -> int:
-        """Return how many hold requests at once, at most: the arms, and the baseline once more."""
-        return len(self.arms) + 1
-
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """Return the `speculative_config` of an arm."""
         if arm.policy == BASELINE:
@@ -184,16 +158,7 @@ class BenchOptions:
 
     def sampling(self, index: int) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
-        return SamplingParams(
-            temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed + index
-        )
-
-
-def check_outputs(files: Sequence[Path | None]) -> None:
-    """Raise ConfigError if a file cannot be written."""
-    for file in files:
-        if file is not None and (not file.parent.is_dir() or file.is_dir()):
-            raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, seed=index)
 
 
 def parse_setting(text: str, kind: type[Arm] = Arm) -> Arm:
@@ -222,32 +187,3 @@ def _value(text: str) -> Any:
 def _at_least_one(name: str, values: Sequence[int]) -> None:
     if not values or min(values) < 1:
         raise ConfigError(f"{name} must be at least 1")
-
-
-def command_of(options: BenchOptions) -> str:
-    """Return the command line of this run, with names of files only."""
-    model = without_folder(options.model)
-    return shlex.join(["smart", "bench", "--model", model, *words_of(options, ("model",))])
-
-
-def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
-    """Return the options as words, except those `without`, empty ones, false and 0."""
-    words: list[str] = []
-    for name in (each.name for each in fields(options) if each.name not in without):
-        value = getattr(options, name)
-        if name in REPEATED:
-            each = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
-            each = [Path(place).name for place in value] if name == "policy" else each
-            words += [word for one in each for word in (f"--{REPEATED[name]}", one)]
-        elif value:
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [_as_word(Path(value) if name in FILES else value)]
-    return words
-
-
-def _as_word(value: Any) -> str:
-    if isinstance(value, Path):
-        return value.name
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if isinstance(value, str | int) else ",".join(map(_as_word, value))

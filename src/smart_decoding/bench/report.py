@@ -1,134 +1,113 @@
-"""The tables of a benchmark, for the terminal, and what follows from them in a sentence or two."""
+"""The table of a benchmark, for the terminal, and its verdict in a sentence or two."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from smart_decoding.bench.options import OURS
-from smart_decoding.bench.results import Results, Run
-from smart_decoding.bench.sections import (
-    ASCII,
-    UNKNOWN,
-    WIDTH,
-    Cell,
-    Section,
-    as_text,
-    number,
-    ratio_cell,
-    said,
-)
-from smart_decoding.bench.summary import POOLED
+from smart_decoding.bench.options import BASELINE, OURS
 
+if TYPE_CHECKING:
+    from smart_decoding.bench.results import Results, Row
+    from smart_decoding.measuring.statistics import Ratio
+
+WIDTH = 100  # of a terminal
+UNKNOWN = "-"
 PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
-def everything(result: Mapping[str, Any]) -> str:
-    """Return all tables of a result below one another, and the conclusion; tables without rows are
-    left out."""
-    results = Results.from_dict(result)
-    parts = [
-        policies(results, "Policies", SPEED),
-        policies(results, "Rounds", ROUNDS),
-        by_task(results),
+def everything(results: Results) -> str:
+    """Return warnings, the table, and what follows from it."""
+    rows = results.rows
+    parts = ["\n".join([*table(rows), *differing(rows)]), *verdict(rows)]
+    if any(row.partial for row in rows):
+        parts.insert(0, PARTIAL)
+    if results.plain_torch:
+        parts.insert(0, f"plain torch, not the CPU kernels: {results.plain_torch}")
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each policy and batch size; `smart / it` only where something is beside
+    `smart`."""
+    compared = any(row.smart_over for row in rows)
+    head = ["policy", "b", "tok/s", "speedup (95 %)", "same", "tok/rnd", "blocks"]
+    if compared:
+        head.append("smart / it (95 %)")
+    cells = [
+        [
+            row.policy,
+            str(row.batch_size),
+            UNKNOWN if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s:.1f}",
+            said(row.speedup),
+            "NO" if row.differing else "yes",
+            f"{row.tokens_per_round:.2f}",
+            str(row.blocks),
+            *([said(row.smart_over) if row.smart_over else UNKNOWN] if compared else []),
+        ]
+        for row in rows
     ]
-    tables = (as_text(part) for part in parts if part.rows)
-    return "\n\n".join([*warnings(results), *tables, *conclusion(results)])
+    return aligned([head, *cells])
 
 
-def warnings(results: Results) -> list[str]:
-    """Return warnings to print before the tables."""
-    found = []
-    if reason := results.provenance.get("plain_torch"):
-        found.append(f"plain torch, not the CPU kernels: {reason}")
-    if any(run.get("partial") for run in results.runs):
-        found.append(PARTIAL)
-    return found
+def differing(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each policy whose answers are not plain decoding's."""
+    return [
+        f"{row.policy}, batch {row.batch_size}: {100 * row.differing:.1f} % of answers differ from "
+        "plain decoding's"
+        for row in rows
+        if row.differing
+    ]
 
 
-def conclusion(results: Results) -> list[str]:
+def verdict(rows: Sequence[Row]) -> list[str]:
     """Return what `smart`, else the first policy, gains at each batch size, and what follows: a
     text, or none where plain decoding ran alone."""
-    if not results.policies:
+    policies = [row.policy for row in rows if row.policy != BASELINE]
+    if not policies:
         return []
-    policy = results.policies[0]
-    runs = [run for run in results.pooled if run["policy"] == policy]
-    text = f"{policy} against plain decoding: {'; '.join(map(_gain, runs))}."
-    highest = (number(run, "speedup_high") or number(run, "speedup") or 1.0 for run in runs)
-    if any(value < 1 for value in highest):
+    policy = OURS if OURS in policies else policies[0]
+    own = [row for row in rows if row.policy == policy]
+    text = f"{policy} against plain decoding: {'; '.join(map(_gain, own))}."
+    if any(_highest(row.speedup) < 1 for row in own):
         text += " Where it is slower, --policy off decodes plainly."
     elif policy == OURS:
         text += " smart run, chat and serve use it by default."
-    return [textwrap.fill(text, WIDTH, break_on_hyphens=False).translate(ASCII)]
+    return [textwrap.fill(text, WIDTH, break_on_hyphens=False)]
 
 
-def _gain(run: Run) -> str:
-    """Return what a run tells, in words."""
-    size = run["batch_size"]
-    load = "with one request" if size == 1 else f"with {size} at once"
-    ratio = ratio_cell(run)
-    if isinstance(ratio, str):
+def _highest(ratio: Ratio) -> float:
+    """Return the upper bound; of a single block the value."""
+    return ratio.high if math.isfinite(ratio.high) else ratio.value
+
+
+def _gain(row: Row) -> str:
+    load = "with one request" if row.batch_size == 1 else f"with {row.batch_size} at once"
+    ratio = row.speedup
+    if not ratio.pairs:
         return f"{load} unknown"
-    if ratio.high is not None and (ratio.low or 0.0) <= 1 <= ratio.high:
-        return f"{load} no certain difference{ratio.bounds}"
-    return f"{load} {ratio.value:.2f} times as fast{ratio.bounds}"
+    if math.isfinite(ratio.high) and ratio.low <= 1 <= ratio.high:
+        return f"{load} no certain difference{bounds(ratio)}"
+    return f"{load} {ratio.value:.2f} times as fast{bounds(ratio)}"
 
 
-def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
-    """Return a row for each policy and batch size, with those of `columns` that some run has."""
-    cells = {column: [COLUMNS[column](run) for run in results.pooled] for column in columns}
-    cells = {name: of_runs for name, of_runs in cells.items() if set(of_runs) - {UNKNOWN}}
-    rows = [
-        (run["policy"], str(run["batch_size"]), *(of_runs[i] for of_runs in cells.values()))
-        for i, run in enumerate(results.pooled)
-    ]
-    differing = [
-        f"{run['policy']}, batch {run['batch_size']}: "
-        f"{said(run, 'differing_prompts', 1, 100, ' %')} of answers differ from plain decoding's"
-        for run in results.pooled
-        if "same" in columns and run.get("identical") is False
-    ]
-    return Section(title, head=("policy", "b", *cells), rows=rows, lines=differing)
+def said(ratio: Ratio) -> str:
+    """1.35 (1.30-1.40)"""
+    return f"{ratio.value:.2f}{bounds(ratio)}" if ratio.pairs else UNKNOWN
 
 
-def by_task(results: Results) -> Section:
-    """Return every speedup, and the settings of tuned contestants."""
-    tasks = [POOLED, *results.tasks]
-    rows = []
-    for policy in results.policies:
-        for size in results.batch_sizes:
-            cells = [ratio_cell(results.find(policy, size, task)) for task in tasks]
-            if set(cells) - {UNKNOWN}:
-                rows.append((policy, str(size), *cells))
-    settings = [
-        f"{run['policy']}, batch {run['batch_size']} = {run['setting']}"
-        for run in results.pooled
-        if run.get("setting")
-    ]
-    return Section("Speedup by task", head=("policy", "b", *tasks), rows=rows, lines=settings)
+def bounds(ratio: Ratio) -> str:
+    """(1.30-1.40), or "(one block)"."""
+    return " (one block)" if math.isinf(ratio.high) else f" ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
-def _figure(name: str, digits: int, factor: float = 1.0) -> Callable[[Run], Cell]:
-    return lambda run: said(run, name, digits, factor)
-
-
-COLUMNS: Mapping[str, Callable[[Run], Cell]] = {
-    "tok/s": _figure("tokens_per_s", 1),
-    "speedup (95 %)": ratio_cell,
-    "smart / it (95 %)": lambda run: ratio_cell(run, "smart_over"),
-    "by replay": _figure("policy_gain", 2),
-    "e2e": _figure("end_to_end_speedup", 2),
-    "same": lambda run: "yes" if run.get("identical") else "NO",
-    "tok/rnd": _figure("tokens_per_round", 2),
-    "rows": _figure("rows_per_round", 1),
-    "off %": _figure("off_share", 0, 100),
-    "controller %": _figure("controller_share", 1, 100),
-    "TPOT ms": _figure("tpot_ms", 1),
-    "worst ×": _figure("worst_tpot_ratio", 2),
-    "blocks": _figure("blocks", 0),
-    "noise (95 %)": lambda run: ratio_cell(run, "noise"),
-}
-_NAMES = tuple(COLUMNS)
-SPEED = _NAMES[: _NAMES.index("tok/rnd")]
-ROUNDS = _NAMES[_NAMES.index("tok/rnd") :]
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart, the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines

@@ -9,138 +9,73 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
-from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.options import LONGEST_PROMPT, Arm, BenchOptions, command_of
-from smart_decoding.bench.provenance import provenance
+from smart_decoding.bench.cycles import Cycle, Prompts, cycles_of, measure
+from smart_decoding.bench.options import LONGEST_PROMPT, MEAN_PROMPT, BenchOptions
+from smart_decoding.bench.results import Results, Row, rows_of
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
-
-if TYPE_CHECKING:
-    from smart_decoding.core.costs import CostModel
+from smart_decoding.measuring.tasks import load_task
 
 
-def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
-    """Measure all contestants; return the content of the JSON file: 'provenance', 'runs' and 'cost'
-    (the measured profile that policies started from, None if none needs one). kind: makes a Bench
-    with further contestants.
+def run(options: BenchOptions) -> Results:
+    """Measure all contestants at all batch sizes; one for which time was too short is left out.
 
-    Raises CapacityError if the time limit was too short for a single cycle, and LLM's errors."""
+    Raises CapacityError if it was too short for a single cycle, and LLM's errors."""
     texts = {task: load_task(task, options.limit) for task in options.tasks}
-    llm = load(options)
-    bench = (kind or Bench)(options, llm, encode(llm, texts, options))
-    limit = options.time_limit
-    runs = bench.runs(None if limit is None else bench.started + limit)
-    if not runs:
+    llm = load(options, len(options.arms))
+    prompts = encode(llm, texts, options)
+    limit = options.time_limit  # from here on
+    stop = None if limit is None else time.perf_counter() + limit
+    rows: list[Row] = []
+    for i, batch_size in enumerate(options.batch_sizes):
+        share = until(stop, 1 / (len(options.batch_sizes) - i))
+        rows += _batch(options, llm, prompts, batch_size, share, stop)
+        gc.collect()  # drafters hold memory of their own
+    if not rows:
         raise CapacityError(
             "the time limit was too short for one block of every policy: raise --time-limit"
         )
-    return {
-        "provenance": provenance(
-            bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch
-        ),
-        "runs": runs,
-        "cost": bench.cost.to_dict() if bench.cost else None,
-    }
+    return Results(rows, llm.target.plain_torch)
 
 
-class Bench:
-    """One run: the model, the prompts, and what its batch sizes share. A subclass may add
-    contestants."""
+def _batch(
+    options: BenchOptions,
+    llm: LLM,
+    prompts: Prompts,
+    batch_size: int,
+    deadline: float | None,
+    stop: float | None,
+) -> list[Row]:
+    """Measure one batch size, as far as memory allows. A slow machine may take the whole run's time
+    for the first cycle, which there are no figures without."""
+    arms = {arm.label: llm.sharing_weights(options.speculation(arm)) for arm in options.arms}
+    engines = {label: arm.engine for label, arm in arms.items()}
+    total = sum(1 for _ in cycles_of(prompts, batch_size))
+    found: list[Cycle] = []
 
-    def __init__(self, options: BenchOptions, llm: LLM, prompts: Prompts) -> None:
-        self.started = time.perf_counter()  # the time limit counts from here
-        self.options = options
-        self.llm = llm
-        self.prompts = prompts
-        self.head: str | None = None
-        self.cost: CostModel | None = None
+    def late() -> bool:
+        end = deadline if found else stop
+        return end is not None and time.perf_counter() > end
 
-    @property
-    def command(self) -> str:
-        """The command line of this run."""
-        return command_of(self.options)
-
-    def contestants(self, batch_size: int) -> list[Arm]:
-        """Return the contestants of a batch size."""
-        return self.options.arms
-
-    def begun(self, name: str) -> Measurement:
-        """Return the earlier measurement of a batch size to continue: an empty one."""
-        return Measurement()
-
-    def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
-        """Return the chosen contestants, by label; their drafter and cost model are noted."""
-        arms = {
-            arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen
-        }
-        found = [arm.speculation for arm in arms.values() if arm.engine.drafts]
-        self.head = (
-            self.head or ", ".join(dict.fromkeys(each.description for each in found)) or None
-        )
-        self.cost = self.cost or next((each.cost for each in found if each.cost), None)
-        return arms
-
-    def runs(self, stop: float | None) -> list[dict[str, Any]]:
-        """Return the runs of all contestants; a batch size for which time was too short is left
-        out."""
-        options = self.options
-        runs: list[dict[str, Any]] = []
-        for i, batch_size in enumerate(options.batch_sizes):
-            contestants = self.contestants(batch_size)
-            share = until(stop, 1 / (len(options.batch_sizes) - i))
-            found = self._batch(contestants, batch_size, share, stop)
-            if not found.cycles:
-                reason = "no time was left for one block of every policy: raise --time-limit"
-                print(f"smart: batch {batch_size} is left out: {reason}", file=sys.stderr)
-                continue
-            settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
-            of_size = rows_of(found, batch_size, options.seed)
-            runs += [run | settings.get(run["policy"], {}) for run in of_size]
-        return runs
-
-    def _batch(
-        self,
-        contestants: Sequence[Arm],
-        batch_size: int,
-        deadline: float | None,
-        stop: float | None,
-    ) -> Measurement:
-        """Measure one batch size, as far as memory allows, and free its engines. A slow machine
-        may take the whole run's time for the first cycle."""
-        name = f"T {self.options.temperature:g}, batch {batch_size}"
-        found = self.begun(name)
-        found.first_deadline = stop
-        made = self.made(contestants)
-        made[AGAIN] = self.llm.sharing_weights(False)
-        cycles = sum(1 for _ in cycles_of(self.prompts, batch_size))
-        try:
-            with _bar(cycles, name, found) as bar:
-                measure(
-                    {label: arm.engine for label, arm in made.items()},
-                    self.prompts,
-                    batch_size,
-                    deadline,
-                    bar.update,
-                    into=found,
-                )
-        except CapacityError as error:
-            print(f"smart: batch {batch_size}: {error}", file=sys.stderr)
-            found.partial = True
-        del made
-        gc.collect()  # drafters hold memory of their own
-        return found
-
-
-def _setting(arm: Arm) -> dict[str, str]:
-    return {"setting": ",".join(f"{name}={value}" for name, value in arm.options.items())}
+    try:
+        with tqdm(total=total, desc=f"batch {batch_size}", unit="cycle", leave=False) as bar:
+            for cycle in measure(engines, prompts, batch_size, late):
+                found.append(cycle)
+                bar.update()
+    except CapacityError as error:
+        print(f"smart: batch {batch_size}: {error}", file=sys.stderr)
+    if not found:
+        reason = "no time was left for one block of every policy: raise --time-limit"
+        print(f"smart: batch {batch_size} is left out: {reason}", file=sys.stderr)
+        return []
+    return rows_of(found, batch_size, partial=len(found) < total)
 
 
 def until(stop: float | None, share: float) -> float | None:
@@ -149,13 +84,17 @@ def until(stop: float | None, share: float) -> float | None:
     return None if stop is None else now + max(0.0, stop - now) * share
 
 
-def load(options: BenchOptions) -> LLM:
-    """Return the target, with memory for the largest batch size: contestants hold requests at
-    once."""
+def load(
+    options: BenchOptions,
+    contestants: int,
+    mean_prompt: int = MEAN_PROMPT,
+    max_model_len: int | None = None,
+) -> LLM:
+    """Return the target, with memory for the largest batch size of all contestants, who hold
+    requests at once. max_model_len: the longest prompt plus answer; None for the usual."""
     largest = max(options.batch_sizes)
-    longest = options.max_model_len or options.max_tokens + LONGEST_PROMPT
-    tokens = max(largest * (options.max_tokens + options.mean_prompt), longest)
-    tokens *= options.most_contestants()
+    longest = max_model_len or options.max_tokens + LONGEST_PROMPT
+    tokens = max(largest * (options.max_tokens + mean_prompt), longest) * contestants
     return LLM(
         options.model,
         generation_config="vllm",
@@ -165,10 +104,9 @@ def load(options: BenchOptions) -> LLM:
         activations=options.activations,
         device=options.device,
         max_num_seqs=largest,
-        kv_cache_tokens=max(tokens, options.max_model_len or DEFAULT_MODEL_LEN),
+        kv_cache_tokens=max(tokens, max_model_len or DEFAULT_MODEL_LEN),
         enable_prefix_caching=False,
-        max_model_len=options.max_model_len,
-        seed=options.seed,
+        max_model_len=max_model_len,
         stop_at_loops=True,
         chat_template=options.chat_template,
         trust_pickle=options.trust_pickle,
@@ -191,8 +129,3 @@ def encode(
             )
             count += 1
     return prompts
-
-
-def _bar(cycles: int, name: str, found: Measurement) -> Any:
-    done = len(found.cycles)
-    return tqdm(total=cycles, initial=done, desc=name, unit="cycle", leave=False)

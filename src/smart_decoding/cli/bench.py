@@ -7,15 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench import report
-from smart_decoding.bench.data import TASKS
 from smart_decoding.bench.options import QUICK, BenchOptions
-from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import add_threads, whole_numbers, words
 from smart_decoding.cli.model_options import DraftOptions
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.cli.run import show_steps
 from smart_decoding.engine_args import EngineArgs
+from smart_decoding.measuring.tasks import TASKS
 from smart_decoding.options import add_options
 
 
@@ -38,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="end then, and report a partial result (none)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -73,7 +70,6 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help=f"0 is greedy (default: {default.temperature:g})")
-    add("--seed", type=int, help=f"seed of the first prompt's draws (default: {default.seed})")
 
 
 def _shown(value: Any) -> str:
@@ -103,7 +99,7 @@ def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the benchmark and print its tables. Raises SmartError for errors that a user can fix."""
+    """Run the benchmark and print its table. Raises SmartError for errors that a user can fix."""
     show_steps()
     options = options_of(args)
     # torch is slow to import: options come first.
@@ -111,10 +107,8 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.models.target import device_of
 
     require_kernels(device_of(options.device), options.allow_slow)
+    from smart_decoding.bench import report
     from smart_decoding.bench.runner import run
 
-    result = run(options)
-    if options.json is not None:
-        write_json(options.json, result)
-    print(report.everything(result))
+    print(report.everything(run(options)))
     return 0

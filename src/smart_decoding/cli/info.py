@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
 def gather() -> dict[str, Any]:
     """Return everything, as --json prints it."""
-    from smart_decoding.bench.provenance import machine, version_of, versions
+    from smart_decoding.measuring.machine import machine, version_of, versions
 
     return {
         "kernels": kernels(),

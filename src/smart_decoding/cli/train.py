@@ -296,7 +296,7 @@ def _use_huge_pages() -> None:
 
 
 def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    from smart_decoding.bench.data import load_task, ngrams
+    from smart_decoding.measuring.tasks import load_task, ngrams
     from smart_decoding.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)

@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from smart_decoding import __version__
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.provenance import machine, write_json
-from smart_decoding.bench.resume import Progress
 from smart_decoding.cli.arguments import refuse_windows, whole_numbers
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.files import write_json
 from smart_decoding.integrations.tuning import report, sglang_lines
 from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, server_at
 from smart_decoding.integrations.tuning.processes import ending_with_us, time_limit
 from smart_decoding.integrations.tuning.search import Prompts, Search
 from smart_decoding.integrations.tuning.sglang import Sglang, write_costs
 from smart_decoding.integrations.tuning.vllm import Vllm
+from smart_decoding.measuring.machine import machine
+from smart_decoding.measuring.resume import Progress
+from smart_decoding.measuring.tasks import load_task
 from smart_decoding.options import mapping
 from smart_decoding.progress import on_terminal
 

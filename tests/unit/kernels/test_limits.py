@@ -89,7 +89,7 @@ ELSEWHERE = """
 import os, sys
 sys.modules["resource"] = None
 del os.sched_getaffinity
-from smart_decoding.bench.provenance import machine
+from smart_decoding.measuring.machine import machine
 from smart_decoding.cli import main
 from smart_decoding.kernels import library, limits
 from smart_decoding.llm import LLM

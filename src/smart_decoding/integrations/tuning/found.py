@@ -11,9 +11,9 @@ from smart_decoding.integrations.tuning import verdicts
 from smart_decoding.integrations.tuning.settings import PLAIN
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.statistics import Ratio
     from smart_decoding.integrations.tuning.settings import Setting, Trial
     from smart_decoding.integrations.tuning.verdicts import Verdict
+    from smart_decoding.measuring.statistics import Ratio
 
 LOST = 0.9  # times as fast as plain: drafts with less are not tried with more requests
 

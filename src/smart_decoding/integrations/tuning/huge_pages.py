@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Iterable
 
-from smart_decoding.bench import provenance
+from smart_decoding.measuring.machine import huge_pages
 
 NAME = "GLIBC_TUNABLES"
 VARIABLE = f"{NAME}=glibc.malloc.hugetlb=1"
@@ -24,11 +24,7 @@ def variable() -> tuple[str, ...]:
     name, version = platform.libc_ver()
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     known = name == "glibc" and numbers >= SINCE
-    return (
-        (VARIABLE,)
-        if known and provenance.huge_pages() == "madvise" and NAME not in os.environ
-        else ()
-    )
+    return (VARIABLE,) if known and huge_pages() == "madvise" and NAME not in os.environ else ()
 
 
 def in_front(words: Iterable[str]) -> list[str]:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.provenance import write_text
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.files import write_text
 from smart_decoding.integrations.tuning import busy, huge_pages
 from smart_decoding.integrations.tuning.llama_help import asked
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_port

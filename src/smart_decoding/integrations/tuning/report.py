@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.integrations.tuning.settings import PLAIN
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.statistics import Ratio
     from smart_decoding.integrations.tuning.found import Found, LoadResult, Trials
     from smart_decoding.integrations.tuning.verdicts import Verdict
+    from smart_decoding.measuring.statistics import Ratio
 
 NOT_TRIED = "no drafts were tried (--time-limit; --resume FILE keeps what is measured)"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

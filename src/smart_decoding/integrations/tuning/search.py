@@ -20,8 +20,8 @@ from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
 from smart_decoding.integrations.tuning.verdicts import Verdict
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
     from smart_decoding.integrations.tuning.engines import Tunable
+    from smart_decoding.measuring.resume import Progress
 
 KEPT = 2  # of so many settings one is left after a block
 NEAR = 0.95  # times as fast as the base, in one block: what has less gets no verdict

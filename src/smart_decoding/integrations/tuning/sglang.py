@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.provenance import version_of, write_json
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
-from smart_decoding.files import whole
+from smart_decoding.files import whole, write_json
 from smart_decoding.integrations.sglang.costs import COSTS, TierCosts
 from smart_decoding.integrations.tuning import busy
 from smart_decoding.integrations.tuning.found import LOST
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
 from smart_decoding.integrations.tuning.settings import Setting, Trial
+from smart_decoding.measuring.machine import version_of
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.found import Found, LoadResult

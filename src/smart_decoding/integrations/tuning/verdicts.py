@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smart_decoding.bench.statistics import Ratio, student_t
+from smart_decoding.measuring.statistics import Ratio, student_t
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.settings import Setting

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.provenance import version_of, write_json
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_json
 from smart_decoding.integrations.tuning.report import interval
 from smart_decoding.integrations.tuning.settings import Setting, Trial
 from smart_decoding.integrations.vllm import schedule
 from smart_decoding.integrations.vllm.measure import Measured, resolved
 from smart_decoding.integrations.vllm.schedule import SCHEDULE, LengthChoice, Line
+from smart_decoding.measuring.machine import version_of
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.found import Found, LoadResult

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.provenance import write_text
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import write_text
 
 
 class Progress:

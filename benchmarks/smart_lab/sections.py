@@ -1,4 +1,7 @@
-"""Sections of a report, built once: aligned text on a terminal, Markdown in the laboratory."""
+"""Sections of a report, built once: aligned text on a terminal, Markdown on a page.
+
+Needed by `bench`, `results` and `report`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH = 100  # of a terminal
+from smart_decoding.bench.report import WIDTH, aligned
+
 ASCII = str.maketrans("–×", "-x")
 
 
@@ -58,16 +62,6 @@ def as_text(section: Section) -> str:
     for text in (*section.lines, *section.captions):
         parts.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(parts).translate(ASCII)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines
 
 
 def text_of(cell: Cell) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from smart_decoding.bench.statistics import Pair, paired_ratio, student_t
+from smart_decoding.measuring.statistics import Pair, paired_ratio, student_t
 
 
 def test_equal_pairs_give_their_ratio_without_width():

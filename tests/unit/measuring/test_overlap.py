@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smart_decoding.bench.data import load_task, ngrams
+from smart_decoding.measuring.tasks import load_task, ngrams
 from smart_decoding.training.seeds import TEXTS
 
 

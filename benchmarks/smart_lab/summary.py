@@ -1,4 +1,7 @@
-"""From blocks to the figures of one arm at one batch size: the `runs` of the JSON."""
+"""From blocks to the figures of one arm at one batch size: the `runs` of the JSON.
+
+Needed by `bench`, `robustness` and tools/gpu_check.sh.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.bench.blocks import Answer, Block, Counts
-from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
+from smart_decoding.bench.results import Paired, decode_speedup
+from smart_decoding.measuring.statistics import Pair, Ratio, paired_ratio
 
 POOLED = "all"
-Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the same cycle
 
 
 def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
@@ -45,23 +48,15 @@ def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any
     return {task: _bounds("smart_over", decode_speedup(of, seed)) for task, of in pairs.items()}
 
 
-def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
-    """Return the ratio of decode-only throughputs."""
-    return paired_ratio(
-        [Pair(a.tokens_per_s, b.tokens_per_s, max(1.0, b.counts.tokens), a.task) for a, b in pairs],
-        seed,
-    )
-
-
 def end_to_end_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
     """Return the ratio of throughputs with prompts and all rounds included."""
     return paired_ratio(
-        [
-            Pair(a.overall_tokens_per_s, b.overall_tokens_per_s, b.total_tokens, a.task)
-            for a, b in pairs
-        ],
-        seed,
+        [Pair(_overall(a), _overall(b), b.total_tokens, a.task) for a, b in pairs], seed
     )
+
+
+def _overall(block: Block) -> float:
+    return _per(block.total_tokens, block.total_seconds)
 
 
 def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _maths() -> list[str]:
 
 def _general() -> list[str]:
     """60 requests to a general assistant, written for this project before anything was trained."""
-    file = resources.files("smart_decoding.bench") / "prompts_general.jsonl"
+    file = resources.files("smart_decoding.measuring") / "prompts_general.jsonl"
     return [entry["prompt"] for entry in _rows(file.read_text(encoding="utf-8"))]
 
 

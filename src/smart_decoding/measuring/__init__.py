@@ -1,0 +1,1 @@
+"""What commands that measure share: prompts, the machine, paired ratios, and runs that are cut."""
