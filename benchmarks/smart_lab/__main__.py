@@ -22,7 +22,6 @@ LAB = Program(
             "smart_lab.simulate_command",
         ),
         "ablate": ("what each ingredient of smart gives, by replay", "smart_lab.ablate"),
-        "regret": ("policies in a simulated world against full knowledge", "smart_lab.regret"),
         "robustness": (
             "never slower? bad heads, prompts, neighbours, profiles",
             "smart_lab.robustness",
@@ -32,19 +31,10 @@ LAB = Program(
             "smart_lab.never_slower",
         ),
         "experts": ("what it brings to price a mixture's experts", "smart_lab.experts"),
-        "replayed": (
-            "a model's real forwards with a recording's acceptance",
-            "smart_lab.replayed_command",
-        ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
         "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
-        "first-word": ("time and memory to the first word of a file", "smart_lab.first_word"),
-        "random-gguf": (
-            "a GGUF file with random weights of a real model's shapes",
-            "smart_lab.gguf.random_file",
-        ),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
         "transformers": (
             "SMART inside transformers against its own generation",

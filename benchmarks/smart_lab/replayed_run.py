@@ -43,8 +43,6 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import HeadFiles
-from smart_decoding.models.heads.mtp import mtp_files
-from smart_decoding.models.heads.vocabulary import USUAL_SIZE
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.profiling.fit import fit_costs
@@ -267,11 +265,8 @@ class Replay:
         trace: Trace,
         config: ModelConfig,
         profile_seconds: float,
-        checkpoint: Checkpoint | None = None,
-        draft_vocab_size: int | None = None,
     ) -> None:
-        """checkpoint: None: random weights of such a config; draft_vocab_size: of its layer for
-        multi-token prediction, if it has one. Raises what TorchTarget raises."""
+        """Draw weights of a model and a head, and time forwards. Raises TorchTarget's errors."""
         self.options = options
         self.trace = trace
         largest = max(options.batch_sizes)
@@ -284,7 +279,7 @@ class Replay:
         # a GPU's profile goes on to 1,024 rows and long contexts, whatever is replayed
         self.length = longest + 1 if coarse else max(longest + 1, config.max_positions)
         self.target = TorchTarget(
-            checkpoint or random_checkpoint(config, device),
+            random_checkpoint(config, device),
             options.dtype,
             device,
             self.pages,
@@ -292,9 +287,7 @@ class Replay:
             allow_slow=options.allow_slow,
             max_num_seqs=largest * options.most_contestants(),
         )
-        files = head_of(checkpoint, draft_vocab_size) or random_head(
-            config, min(DRAFT_VOCAB, config.vocab), device
-        )
+        files = random_head(config, min(DRAFT_VOCAB, config.vocab), device)
         self.head = EagleHead(
             files, self.target.decoder, self.pages, self.scratch, self.length + 64
         )
@@ -420,15 +413,6 @@ def head_shapes(
             )
     shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
     return shapes, aux_layers, layer
-
-
-def head_of(checkpoint: Checkpoint | None, tokens: int | None) -> HeadFiles | None:
-    """Return a checkpoint's layer for multi-token prediction, None without one. tokens: how many it
-    proposes, None: as many as usual."""
-    if checkpoint is None or checkpoint.mtp is None:
-        return None
-    most = checkpoint.config.vocab
-    return mtp_files(checkpoint.config, checkpoint.mtp, min(most, tokens or USUAL_SIZE))
 
 
 def random_head(

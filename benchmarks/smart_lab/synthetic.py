@@ -5,7 +5,7 @@ How predictable the text is moves slowly, as in real text; confidences fall off 
 and the target chooses a child with its confidence times a trust that falls with depth. Nothing else
 is claimed of them.
 
-Needed by `simulate --acceptance`, `replayed --first-accepted`, tools/gpu_check.sh and most of
+Needed by `simulate --acceptance`, tools/gpu_check.sh and most of
 tests/lab.
 """
 
@@ -26,8 +26,6 @@ CHILDREN, WIDTH, LEVELS = 10, 12, 8
 TRUST = np.array(
     [0.95, 0.93, 0.91, 0.9, 0.89, 0.88, 0.87, 0.86]
 )  # chosen over confidence, by depth
-# the same of a layer for multi-token prediction, trained for the first step and fed its own states
-MTP_TRUST = TRUST * 0.93 ** np.arange(LEVELS)
 SHARE = 0.5 ** np.arange(1, CHILDREN)  # of what the first child leaves, for the others
 EASES = (-6.0, 12.0)
 SPREAD = 1.6  # standard deviation of the first child's confidence, as a logit
@@ -41,32 +39,23 @@ def synthetic(
     tree: Mapping[str, int] | None = None,
     seed: int = 0,
     spread: float = SPREAD,
-    trust: FloatArray = TRUST,
 ) -> Recording:
     """Return a recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield
-    `tokens_per_round` on average over positions. spread: how far confidences lie apart; trust:
-    [levels] how much oftener or more rarely than its confidence a child is the answer's.
+    `tokens_per_round` on average over positions. spread: how far confidences lie apart.
 
     Raises ConfigError for a number that such a tree cannot yield."""
     low, high = EASES
     possible = 1 < tokens_per_round < LEVELS + 1
     for _ in range(9 if possible else 0):
         ease = (low + high) / 2
-        tried = _draw(ease, min(8, answers), min(40, length), context, seed, spread, trust)
+        tried = _draw(ease, min(8, answers), min(40, length), context, seed, spread)
         found = _yield(tried, tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
     if not possible or not EASES[0] + 0.01 < low < EASES[1] - 0.01:
         raise ConfigError(
             f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels"
         )
-    return _draw((low + high) / 2, answers, length, context, seed, spread, trust)
-
-
-def synthetic_mtp(first: float, **given: int) -> Recording:
-    """Return a recording of a layer for multi-token prediction, whose first proposal is right with
-    probability `first`. given: of `synthetic`. Raises what `synthetic` raises."""
-    one = {"depth": 0, "top_k": 1, "total_tokens": 2}
-    return synthetic(1 + first, tree=one, trust=MTP_TRUST, **given)
+    return _draw((low + high) / 2, answers, length, context, seed, spread)
 
 
 def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
@@ -85,7 +74,6 @@ def _draw(
     context: int,
     seed: int,
     spread: float,
-    trust: FloatArray,
 ) -> Recording:
     rng = np.random.default_rng(seed)
     mood = rng.normal(size=answers)
@@ -100,16 +88,14 @@ def _draw(
             length
         )  # every token is another one, so that a wrong child is never right
         trees = [
-            _tree(rng, ease + float(moods[answer, t]), output[t + 1 :], spread, trust)
+            _tree(rng, ease + float(moods[answer, t]), output[t + 1 :], spread)
             for t in range(length - 1)
         ]
         drawn.append((context, length, output.tolist(), trees, "synthetic"))
     return Recording.of(drawn)
 
 
-def _tree(
-    rng: np.random.Generator, ease: float, truth: IntArray, spread: float, trust: FloatArray
-) -> DraftTrees:
+def _tree(rng: np.random.Generator, ease: float, truth: IntArray, spread: float) -> DraftTrees:
     """Return one wide tree; `truth`: the tokens that follow."""
     trees = DraftTrees.empty(1)
     parents: IntArray = np.array([ROOT])
@@ -120,7 +106,7 @@ def _tree(
         where = np.flatnonzero(parents == right)
         first, right = len(trees), -2
         if len(where):
-            rank = int(np.searchsorted(np.cumsum(prob[where[0]] * trust[level]), rng.random()))
+            rank = int(np.searchsorted(np.cumsum(prob[where[0]] * TRUST[level]), rng.random()))
             if rank < CHILDREN:
                 token[where[0], rank] = truth[level]
                 right = first + int(where[0]) * CHILDREN + rank

@@ -95,18 +95,19 @@ def test_machines_are_those_with_a_profile_and_cards():
 def test_the_command(trace, tmp_path, capsys):
     path, figures = tmp_path / "t.smart", tmp_path / "f.json"
     write_trace(path, trace)
-    command = ["ablate", str(path), "smart", "greedy rule", "chain:length=1", "--machines", "zen4"]
+    names = ["smart", "no exploration", "chain:length=1"]
+    command = ["ablate", str(path), *names, "--machines", "zen4"]
     assert (
         main([*command, "--batch-sizes", "1,2", "--orders", "2", "--json", str(figures)], LAB) == 0
     )
     out = capsys.readouterr().out
     assert "tokens per second over off" in out
-    assert "greedy rule" in out
+    assert "no exploration" in out
     assert out.count("seconds, predicted / real") == 2  # a chain believes nothing
     assert out.count("requests, rounds without prompts") == 3
     cells = json.loads(figures.read_text())["cells"]
     assert {(c["batch_size"], c["order"]) for c in cells} == {(1, 0), (1, 1), (2, 0), (2, 1)}
-    assert {*cells[0]["replayed"]} == {"off", "smart", "greedy rule", "chain:length=1"}
+    assert {*cells[0]["replayed"]} == {"off", *names}
     assert main(["ablate", str(path), "--machines", "nowhere"], LAB) == 2
     assert "no costs of 'nowhere'" in capsys.readouterr().err
     assert main(["ablate", str(path), "cleverer"], LAB) == 2

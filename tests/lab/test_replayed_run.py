@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.policies.eagle2 import Eagle2
-from smart_decoding.errors import ConfigError
-from smart_lab import replayed_command, replayed_run
-from smart_lab.__main__ import LAB
-from smart_lab.gguf.random_file import MODELS, small, write
+from smart_lab import replayed_run
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
-from smart_lab.sweep import Fixed
-from smart_lab.synthetic import synthetic, synthetic_mtp
+from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, read_trace, write_trace
 
 CONFIG = {
@@ -32,7 +26,6 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
 }
-MIXTURE = MODELS["qwen3-30b-a3b"]
 SMALL = {"depth": 2, "top_k": 3, "total_tokens": 6}
 
 
@@ -121,38 +114,6 @@ def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder)
     assert {run["policy"] for run in runs} == {"off", "smart"}
 
 
-def test_the_command_draws_what_a_layer_for_multi_token_prediction_proposes(
-    tmp_path, monkeypatch, capsys
-):
-    """In place of a recording, for a hybrid with recurrent states."""
-    monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(replayed_command, "PROFILE_SECONDS", 0.05)
-    write(tmp_path / "m.gguf", small(MODELS["qwen3.5-0.8b"]), 4, mtp=True)
-    options = ["--batch-sizes", "2", "--chains", "2", "--seconds", "60", "--limit", "2"]
-    drawn = ["--first-accepted", "0.8", "--draft-vocab-size", "200"]
-    command = ["replayed", str(tmp_path / "m.gguf")]
-    assert main([*command, *drawn, *options], LAB) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["off", "smart", "chain(length=2)"]
-    assert main([*command, *options], LAB) == 2
-    assert "give either a recording or --first-accepted" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="no model of qwen3moe has a layer for multi-token"):
-        write(tmp_path / "other.gguf", small(MIXTURE), 2, mtp=True)
-
-
-@pytest.mark.parametrize("first", [0.75, 0.85])
-def test_drawn_proposals_are_right_as_often_as_said_and_fall_off(first):
-    recording = synthetic_mtp(first, length=64)
-    whole = [a.first + np.arange(a.positions - 4) for a in recording.answers]
-    said = []
-    for depth in range(3):
-        chain = Eagle2(depth=depth, top_k=1, total_tokens=depth + 2)
-        said.append(Fixed.draw(chain, recording).emitted[np.concatenate(whole)].mean())
-    further = (said[1] - said[0]) / (said[0] - 1)
-    assert said[0] - 1 == pytest.approx(first, abs=0.06)
-    assert (said[2] - said[1]) / (said[1] - said[0]) < further < first
-
-
 def test_random_weights_are_the_same_every_time():
     weights = replayed_run.RandomWeights({"a.weight": (30, 40), "n.weight": (4,), "n.bias": (4,)})
     assert torch.equal(weights["a.weight"], weights["a.weight"])
@@ -168,19 +129,3 @@ def test_a_model_by_name_has_its_published_size():
     assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(
         8.03e9, rel=0.01
     )
-
-
-def test_a_mixtures_file_is_measured_with_recorded_answers(folder, tmp_path, monkeypatch, capsys):
-    write(tmp_path / "model.gguf", small(MIXTURE), layers=2)
-    monkeypatch.setattr(replayed_command, "PROFILE_SECONDS", 0.1)
-    words = ["replayed", str(tmp_path / "model.gguf"), str(folder / "t")]
-    more = ["--batch-sizes", "2", "--chains", "1", "--seconds", "20", "--limit", "4"]
-    assert main([*words, *more, "--json", str(tmp_path / "found.json")], LAB) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["off", "smart", "chain(length=1)"]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["cost"]["experts"]["count"] == 8
-    assert all(run["identical"] for run in found["runs"])
-    write(tmp_path / "few.gguf", small(MIXTURE, vocab_size=260), layers=2)
-    assert main(["replayed", str(tmp_path / "few.gguf"), str(folder / "t")], LAB) == 2
-    assert "260" in capsys.readouterr().err

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from simulation import World, run
 
 import smart_decoding.core
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_lab.simulation import World, run
 
 CORE = "smart_decoding.core"
 CONSTANTS = [

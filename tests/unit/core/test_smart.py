@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from simulation import World, full_knowledge, run
 
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON, Calibration
@@ -17,7 +18,6 @@ from smart_decoding.core.exploration import OVERDRAFT, START
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Mode, Shape, choose
 from smart_decoding.core.tree import DraftTrees
-from smart_lab.simulation import World, full_knowledge, run
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
@@ -30,6 +30,15 @@ HOPELESS = CostModel.from_table(
 )
 DEAR_DRAFTS = CostModel.from_table({1: {1: 20.0, 64: 30.0}}, {1: 40.0, 64: 80.0})
 CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
+
+
+def test_full_knowledge_decodes_plainly_where_the_drafter_is_bad() -> None:
+    turns = World(1, 2, CHEAP_ROWS, good=lambda index: index < 5)
+    best, good = full_knowledge(turns, range(10)), full_knowledge(turns, range(5))
+    plain = run(make_policy("off"), turns, range(5, 10))
+    assert best.tokens == pytest.approx(good.tokens + plain.tokens)
+    assert best.seconds == pytest.approx(good.seconds + plain.seconds)
+    assert best.off == good.off + 5
 
 
 @pytest.mark.parametrize(

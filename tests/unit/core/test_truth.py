@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulation import World, run
 
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON
@@ -14,7 +15,6 @@ from smart_decoding.core.costs import CostModel, VerifySample
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Mode, Shape
 from smart_decoding.core.tree import DraftTrees
-from smart_lab.simulation import World, run
 
 DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0}
 FLAT = CostModel.from_table({1: {1: 21.6, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}}, DRAFT)

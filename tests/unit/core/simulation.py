@@ -1,16 +1,13 @@
-"""A small world to run policies in without a model: tests and benchmarks compare them with full
-knowledge there.
+"""A small world to run policies in without a model: tests compare them with full knowledge there.
 
 Each expanded node gets children whose draft probabilities depend on how hard the request is at the
 moment; their true acceptance is a known distortion of them. Everything is a function of the seed,
 so all policies meet the same rounds.
-
-Needed by `regret`, tests/unit/core/test_smart.py and test_constants.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +17,12 @@ from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import path_products
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.selection import best_size, ranked
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, accept
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, accept
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
-    from smart_lab.replay import Prompts
 
 CHILDREN = 8
 TRUST = np.array(
@@ -52,21 +48,9 @@ class Totals:
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """Requests that leave, each after so many rounds on average; others come, whose prompts of so
-    many tokens are read beside the other answers. spread: standard deviation of how hard texts are;
-    every other request is sampled. Rounds are counted, so that all policies meet the same ones."""
-
-    rounds: float
-    prompt: int
-    prompts: Prompts
-    spread: float = 1.0
-
-
 class World:
-    """`batch` requests for ever, or as a queue has them. `good(round)` says whether the drafter is
-    in order (else it is shuffled: as confident, never right). `costs` is the truth about time, and
+    """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is
+    shuffled: as confident, never right). `costs` is the truth about time, and
     `overhead` the seconds that a speculating round takes beyond."""
 
     def __init__(
@@ -77,10 +61,9 @@ class World:
         good: Callable[[int], bool] = lambda _: True,
         ease: float = 0.7,
         overhead: float = 0.0,
-        queue: Queue | None = None,
     ) -> None:
         self.seed, self.batch, self.costs, self.good, self.ease = seed, batch, costs, good, ease
-        self.overhead, self.queue = overhead, queue
+        self.overhead = overhead
         rng = np.random.default_rng(seed)
         steps = rng.normal(size=(4096, batch))
         self.noise = rng.normal(size=NOISE)
@@ -90,35 +73,16 @@ class World:
         for t in range(1, 4096):
             self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
 
-        leaves = np.zeros((4096, batch), np.bool_)
-        if queue is not None:
-            leaves = rng.random((4096, batch)) < 1 / queue.rounds
-            leaves[0] = False
-        self.request = np.cumsum(leaves, axis=0) * batch + np.arange(batch)
-        if queue is not None:
-            self.mood += queue.spread * rng.normal(size=int(self.request.max()) + 1)[self.request]
-
-    def state(self, catch_up: int = 0, round_index: int = 0, prompt_rows: int = 0) -> BatchState:
-        """Return the batch before a round; with rows of prompts, those who decode beside them."""
-        request = self.request[round_index % 4096]
-        if prompt_rows:
-            request = request[~self.comes(round_index)]
-        size = len(request)
+    def state(self, catch_up: int = 0) -> BatchState:
+        """Return the batch before a round."""
+        size = self.batch
         return BatchState(
             np.full(size, CONTEXT),
             np.full(size, 10_000),
-            np.zeros(size) if self.queue is None else request % 2.0,
+            np.zeros(size),
             np.ones(size, bool),
-            prefill_rows=prompt_rows,
             catch_up_rows=catch_up,
-            requests=() if self.queue is None else request.tolist(),
         )
-
-    def comes(self, round_index: int) -> BoolArray:
-        """[batch] whether the request is one that came just before the round."""
-        at = round_index % 4096
-        new: BoolArray = self.request[at] != self.request[max(at - 1, 0)]
-        return new
 
     def expand(
         self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int
@@ -181,13 +145,7 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     tokens = seconds = 0.0
     nodes = off = catch_up = 0
     for index in rounds:
-        for prompts in _prompt_rounds(world, index):
-            if prompts.batch.size:
-                policy.observe(prompts)
-            tokens += prompts.batch.size
-            seconds += prompts.seconds
-            catch_up += prompts.verify_rows
-        batch = world.state(catch_up, index)
+        batch = world.state(catch_up)
         rule = policy.plan(batch)
         trees = DraftTrees.empty(world.batch)
         widths: list[int] = []
@@ -211,44 +169,11 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     return Totals(float(tokens), seconds, nodes, off)
 
 
-def _prompt_rounds(world: World, index: int) -> Iterator[Round]:
-    """Yield the rounds that read the prompts of requests that come before a round."""
-    queue = world.queue
-    left = 0 if queue is None else queue.prompt * int(world.comes(index).sum())
-    while queue is not None and left:
-        rows = min(left, queue.prompts.chunk)
-        left -= rows
-        batch = world.state(0, index, rows)
-        size, costs = batch.size, world.costs
-        own, whole = costs.verify_seconds(max(size, 1), [size, size + rows], CONTEXT).tolist()
-        trees, roots = DraftTrees.empty(size), np.zeros(size, np.int64)
-        yield Round(
-            *(batch, None, trees, NO_NODES, NO_NODES, roots),
-            verify_rows=size + rows,
-            verify_seconds=queue.prompts.seconds(own, whole),
-        )
-
-
 def full_knowledge(
     world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
 ) -> Totals:
     """Return the best of plain decoding and every (levels, width) each round, knowing all true
     probabilities beforehand."""
-    return total(best_rounds(world, rounds, levels, widths))
-
-
-def total(rounds: Iterable[Totals]) -> Totals:
-    """Return the sums over rounds."""
-    tokens, seconds, nodes, off = zip(
-        *((r.tokens, r.seconds, r.nodes, r.off) for r in rounds), strict=True
-    )
-    return Totals(sum(tokens), sum(seconds), sum(nodes), sum(off))
-
-
-def best_rounds(
-    world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
-) -> list[Totals]:
-    """`full_knowledge`, round by round."""
     found = []
     size = world.batch
     plain = float(world.costs.verify_seconds(size, size, CONTEXT))
@@ -269,8 +194,9 @@ def best_rounds(
                 )
                 deepest = np.flatnonzero(trees.depth == level)
                 parents = np.sort(deepest[ranked(gain[deepest])[: width * size]])
-        found.append(Totals(*best[1:], int(best[3] == 0)))
-    return found
+        found.append((*best[1:], int(best[3] == 0)))
+    tokens, seconds, nodes, off = map(sum, zip(*found, strict=True))
+    return Totals(tokens, seconds, nodes, off)
 
 
 def _draft(
