@@ -80,7 +80,7 @@ def matrix_bytes(llm: LLM) -> int:
     """Of what a forward reads, the output matrix included."""
     decoder = llm.target.decoder
     assert decoder.model is not None
-    layers, *_ = decoder.model._keep
+    layers, *_ = decoder.model._alive
     kept = (*layers._keep, decoder.head)
     return sum(each.nbytes for each in kept if isinstance(each, PackedWeight))
 
