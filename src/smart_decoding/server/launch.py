@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from smart_decoding.llm import LLM
-    from smart_decoding.server.lane import Texts
     from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")
@@ -41,7 +39,6 @@ READING = 1.0  # seconds at the end for clients to read it
 # Seconds after which a thread that runs Python yields to another. A round may wait for so long, and
 # so may every step of an answer about health.
 SWITCH = 0.001
-TIDY = 60.0  # seconds between two looks for old garbage
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
 # Characters that a terminal obeys, or that end or reverse a line there.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -179,7 +176,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     set_up_logging(settings.log_level)
 
     def loaded() -> LLM:
-        return _settled(load(), worker.texts)
+        return _settled(load())
 
     server, worker = make_server(loaded, settings)
     with bind(settings.host, settings.port) as listener:
@@ -210,23 +207,13 @@ def welcome(settings: ServerSettings, url: str) -> str:
 """
 
 
-def _settled(llm: LLM, texts: Texts) -> LLM:
+def _settled(llm: LLM) -> LLM:
     """Set up Python for a server. Loaded objects stay: searching them for garbage again would hold
-    up rounds. `_tidy` searches later objects: with large bodies a search took 0.12 s."""
+    up rounds."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], 1 << 30)
-    threading.Thread(target=_tidy, args=(texts,), name="smart-tidy", daemon=True).start()
     sys.setswitchinterval(SWITCH)
     return llm
-
-
-def _tidy(texts: Texts) -> None:
-    """Look for old garbage while no large body is there."""
-    while True:
-        time.sleep(TIDY)
-        if texts.quiet:
-            gc.collect()
 
 
 def bind(host: str, port: int) -> socket.socket:
