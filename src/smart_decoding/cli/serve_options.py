@@ -101,7 +101,7 @@ OPTIONS = {
             "longest time for a request's head to arrive, in seconds; status 408 beyond",
         ),
         Option(
-            "max-connections", int, 512, "most connections; one address gets half of them at most"
+            "max-connections", int, 512, "most connections; beyond, the oldest idle one is closed"
         ),
         Option("max-n", int, 8, "most answers to one prompt"),
     ),
