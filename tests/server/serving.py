@@ -102,6 +102,10 @@ class Running:
         pool = self.llm.engine.pool
         return wait_for(lambda: self.worker.active == 0 and pool.used == 0, seconds)
 
+    def quiet(self, seconds: float = 5.0) -> bool:
+        """Whether no request is under way any more within `seconds`."""
+        return wait_for(lambda: not self.server.server_state.tasks, seconds)
+
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     deadline = time.monotonic() + seconds

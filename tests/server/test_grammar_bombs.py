@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -30,7 +32,8 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.models.text import grammars
 from smart_decoding.models.text.grammars import GrammarConstraint
-from smart_decoding.server.preparation import Preparation, ProcessPair
+from smart_decoding.server import preparation
+from smart_decoding.server.preparation import Preparation
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -58,12 +61,17 @@ def hanging(running: Running, body: dict[str, Any]) -> HTTPConnection:
     return connection
 
 
-def limited(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> ProcessPair:
-    """The processes that try grammars, with another limit for long ones."""
-    pair = running.worker.preparation.grammars
-    monkeypatch.setattr(pair.long, "_seconds", seconds)
-    pair._slow.clear()  # earlier bombs came from the same client
-    return pair
+def trying(running: Running) -> bool:
+    """Whether a long task is being done."""
+    return running.worker.preparation._long._line.locked()
+
+
+def for_long_tasks(running: Running) -> set[int]:
+    """The children that stand back."""
+    child = running.worker.preparation.process.child
+    assert child is not None
+    found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    return {int(each) for each in found if os.getpriority(os.PRIO_PROCESS, int(each)) > 5}
 
 
 def optional(count: int, name: str = "property", **more: Any) -> dict[str, Any]:
@@ -119,8 +127,8 @@ BOMBS = {
 
 
 @pytest.fixture
-def hasty(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    limited(running, monkeypatch, 0.3)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "SECONDS", 0.3)
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -156,12 +164,12 @@ def test_six_bombs_beside_a_client(
         assert post_structure(running, {"regex": f"own {number}"}).status_code == 200
         return time.monotonic() - started
 
-    pair = limited(running, monkeypatch, 60.0)
+    monkeypatch.setattr(preparation, "SECONDS", 60.0)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     expected = plain.generate("abc", params)[0].outputs[0].text
     alone = max(answered(number) for number in range(3))
     bombs = [hanging(running, structured(optional(6000, f"bomb_{i}"))) for i in range(3)]
-    assert wait_for(lambda: pair.long.child is not None and pair.long.child.poll() is None)
+    assert wait_for(lambda: trying(running))
     with ThreadPoolExecutor(3) as pool, stretches_of_loops() as stretches:
         large = [
             pool.submit(post_structure, running, optional(9000, f"{i}" * 100)) for i in range(3)
@@ -170,10 +178,10 @@ def test_six_bombs_beside_a_client(
         assert [bomb.result().status_code for bomb in large] == [400] * 3
     assert max(stretches) < 0.1
     assert max(beside) < 2 + 8 * alone
-    assert not running.worker.texts.quiet  # the bombs still wait
+    assert running.server.server_state.tasks  # the bombs still wait
     for bomb in bombs:
         bomb.close()
-    assert wait_for(lambda: running.worker.texts.quiet)
+    assert running.quiet()
     assert post_structure(running, optional(80, "next")).status_code == 200
     assert running.idle()
 
@@ -182,55 +190,34 @@ def test_a_trial_ends_when_its_client_hangs_up(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It went on for its two seconds, and the next long ones waited."""
-    pair = limited(running, monkeypatch, 60.0)
+    monkeypatch.setattr(preparation, "SECONDS", 60.0)
     bomb = hanging(running, structured(optional(6000, "gone")))
-    assert wait_for(lambda: pair.long.child is not None and not running.worker.texts.quiet)
+    assert wait_for(lambda: trying(running))
     time.sleep(0.7)  # it is being tried
-    child = pair.long.child
-    assert child is not None
-    assert child.poll() is None
+    child = for_long_tasks(running)
+    assert child
     bomb.close()
-    assert wait_for(lambda: child.poll() is not None)
+    assert wait_for(lambda: for_long_tasks(running).isdisjoint(child))
     assert post_structure(running, optional(300, "after")).status_code == 200
-
-
-def test_a_client_has_sixteen_grammars_waiting(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And no more, however small they are; others are not concerned."""
-    limited(running, monkeypatch, 60.0)
-    bombs = [hanging(running, structured(optional(6000, f"many_{i}"))) for i in range(16)]
-    assert wait_for(lambda: running.worker.preparation._waiting.total() == 16)
-    refused = post_structure(running, {"regex": "one more"})
-    assert refused.status_code == 429
-    assert refused.json()["error"]["code"] == "queue_full"
-    with client(running) as other:
-        answer = other.post("/v1/completions", json=structured({"regex": "another's"}))
-        assert answer.status_code == 200
-    for bomb in bombs:
-        bomb.close()
-    assert wait_for(lambda: running.worker.texts.quiet)
-    assert wait_for(lambda: running.worker.preparation._waiting.total() == 0)
 
 
 def test_equal_grammars_are_tried_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[bytes] = []
-    pair = limited(running, monkeypatch, 60.0)
-    for process in (pair.short, pair.long):
-        monkeypatch.setattr(process, "answer", counting(process.answer, tried))
+    process = running.worker.preparation.process
+    answer = process.answer
+
+    async def counted(task: bytes, *limits: Any) -> Any:
+        if b'"task": "grammar"' in task:
+            tried.append(task)
+        return await answer(task, *limits)
+
+    monkeypatch.setattr(process, "answer", counted)
+    monkeypatch.setattr(preparation, "SHORT_SECONDS", 60.0)
     equal = structured(optional(300, "equal"))
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(post, running, "/v1/completions", json=equal) for _ in range(20)]
         assert [each.result().status_code for each in answers] == [200] * 20
     assert len(tried) == 1
-
-
-def counting(answer: Any, calls: list[bytes]) -> Any:
-    async def counted(task: bytes) -> Any:
-        calls.append(task)
-        return await answer(task)
-
-    return counted
 
 
 def doubled(name: str) -> dict[str, Any]:
@@ -254,7 +241,7 @@ def test_forty_small_bombs_beside_a_client(running: Running) -> None:
                 seconds = max(seconds, time.monotonic() - started)
         for bomb in bombs:
             bomb.close()
-        assert wait_for(lambda: running.worker.texts.quiet, 30)
+        assert running.quiet(30)
         longest.append(seconds)
         if seconds < 1.0:
             break
@@ -345,10 +332,10 @@ def test_nobody_waits_for_a_mask_that_takes_for_ever(
 
 def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor() as pool, serving(load, shutdown_timeout=30) as running:
-        pair = limited(running, monkeypatch, 60.0)
+        monkeypatch.setattr(preparation, "SECONDS", 60.0)
         bombs = [pool.submit(post_structure, running, optional(6000, f"end_{i}")) for i in range(2)]
-        assert wait_for(lambda: pair.long.child is not None)
-        child = pair.long.child
+        assert wait_for(lambda: trying(running))
+        left = for_long_tasks(running)
         time.sleep(0.5)
         started = time.monotonic()
         running.server.should_exit = True
@@ -357,8 +344,7 @@ def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch
         for bomb in bombs:
             assert bomb.result().status_code == 503
             assert bomb.result().json()["error"]["code"] == "shutting_down"
-    assert child is not None
-    assert child.poll() is not None
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in left)
 
 
 def test_nothing_a_client_sends_is_read_here_before_its_child_has(
@@ -368,6 +354,8 @@ def test_nothing_a_client_sends_is_read_here_before_its_child_has(
     monkeypatch.setattr(gbnf_to_lark, "gbnf_to_lark", None)
     form = StructuredOutputsParams(grammar='root ::= "abc"' + "\n" * 64_000)
     prepared = Preparation()
+    prepared.know(plain)
+    prepared._known.set()
     started = time.monotonic()
 
     async def compiled() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import threading
 import time
@@ -30,8 +31,8 @@ from smart_decoding.models.text import tokenizer as tokenizing
 from smart_decoding.server import middleware
 from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import Lane
 from smart_decoding.server.settings import network_of
+from smart_decoding.server.turns import Turns
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -238,7 +239,8 @@ def test_clients_are_told_apart_by_their_keys(load: Any) -> None:
         assert running.worker.clients == {}
 
 
-def test_a_lane_serves_the_client_that_has_sent_least_one_at_a_time() -> None:
+def test_clients_take_turns_with_one_piece_at_a_time() -> None:
+    """However many pieces each of them has."""
     done: list[str] = []
     at_once: list[int] = [0]
 
@@ -250,26 +252,24 @@ def test_a_lane_serves_the_client_that_has_sent_least_one_at_a_time() -> None:
         done.append(name)
 
     async def all_of_them() -> None:
-        lane = Lane()
-        second = 1_000_000  # of bytes: more than pieces take
-        many = [
-            asyncio.create_task(lane.run("many", 10 * second - 1, lambda: work("many")))
-            for _ in range(5)
-        ]
+        turns = Turns()
+
+        def piece(name: str) -> asyncio.Task[None]:
+            return asyncio.create_task(turns.run(name, lambda: work(name)))
+
+        many = [piece("many") for _ in range(5)]
         await asyncio.sleep(0)
-        few = asyncio.create_task(lane.run("few", 10 * second - 1, lambda: work("few")))
-        little = [
-            asyncio.create_task(lane.run("l", 3 * second - 1, lambda: work("l"))) for _ in range(5)
-        ]
+        few = piece("few")
+        some = [piece("some") for _ in range(3)]
         await asyncio.sleep(0)
         many[-1].cancel()
-        await asyncio.gather(*many[:-1], few, *little)
+        await asyncio.gather(*many[:-1], few, *some)
 
     asyncio.run(all_of_them())
-    assert done == ["many", "few", "many", *"llll", "many", "l", "many"]
+    assert done == ["many", "few", "some", "many", "some", "many", "some", "many"]
 
 
-def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
+def test_work_that_nobody_waits_for_keeps_its_turn_to_its_end() -> None:
     free = threading.Event()
     done: list[str] = []
 
@@ -278,10 +278,10 @@ def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
         done.append(name)
 
     async def both() -> None:
-        lane = Lane()
-        gone = asyncio.create_task(lane.run("a", 1, lambda: work("gone")))
+        turns = Turns()
+        gone = asyncio.create_task(turns.run("a", lambda: work("gone")))
         await asyncio.sleep(0.01)
-        stays = asyncio.create_task(lane.run("a", 1, lambda: done.append("stays")))
+        stays = asyncio.create_task(turns.run("b", lambda: done.append("stays")))
         gone.cancel()
         await asyncio.sleep(0.05)
         assert done == []
@@ -297,22 +297,21 @@ def test_the_texts_of_one_client_that_wait_have_an_end(
 ) -> None:
     monkeypatch.setattr(middleware, "LARGEST", 1)  # 4 MiB
     assert post(running, "/tokenize", json={"prompt": "0" * 20_000}).status_code == 400
-    child = running.worker.preparation.texts.long.child
+    child = running.worker.preparation.process.child
     assert child is not None
-    child.send_signal(signal.SIGSTOP)
+    os.killpg(child.pid, signal.SIGSTOP)
     with ThreadPoolExecutor() as pool, client(running) as other:
         first = pool.submit(post, running, "/tokenize", json={"prompt": "1" * 3_000_000})
-        assert wait_for(lambda: not running.worker.texts.quiet)
+        assert wait_for(lambda: bool(running.server.server_state.tasks))
         time.sleep(0.5)  # it is read, and waits to be tokenised
         refused = post(running, "/tokenize", json={"prompt": "2" * 3_000_000})
         assert refused.status_code == 429
         assert refused.headers["retry-after"]
         with pytest.raises(httpx.ReadTimeout):  # it waits, and hangs up
             other.post("/tokenize", json={"prompt": "3" * 3_000_000}, timeout=1)
-        assert post(running, "/tokenize", json={"prompt": "4"}).status_code == 200
-        child.send_signal(signal.SIGCONT)
+        os.killpg(child.pid, signal.SIGCONT)
         assert first.result().json()["error"]["code"] == "context_length_exceeded"
-    assert wait_for(lambda: running.worker.texts.quiet)
+    assert running.quiet()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.models.text.chat_template import render
 from smart_decoding.server.chat import chat_task
-from smart_decoding.server.preparation_process import unpacked
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
 from smart_decoding.server.tools import Tool, explained, speaks_our_form
@@ -352,7 +351,7 @@ def prompt_of(llm: LLM, messages: list[Message]) -> str:
     """Of a conversation with a tool."""
     task = chat_task(llm, messages, [Tool.model_validate(TOOLS[1])]).task
     (tokens,) = prepared(llm, task)
-    return llm.tokenizer.decode(unpacked(tokens), False)
+    return llm.tokenizer.decode(tokens, False)
 
 
 def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:

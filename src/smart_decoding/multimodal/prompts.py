@@ -35,13 +35,11 @@ class MediaPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPicture:
-    """A picture whose header was read. first: its first position; sizes: pixels of each frame, as
-    sent."""
+    """A picture whose header was read. first: its first position."""
 
     source: PictureSource
     first: int
     room: Room
-    sizes: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +58,6 @@ class PlannedPrompt:
         """The bytes of its pictures once they are decoded."""
         return sum(picture.room.bytes for picture in self.pictures)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Pixels of each picture or frame, as sent."""
-        return [size for picture in self.pictures for size in picture.sizes]
-
     def decoded(self, cache_salt: str = "") -> MediaPrompt:
         """Decode the pictures, one after the other. cache_salt: cached embeddings are shared by
         pictures of the same salt. Raises ConfigError for damaged pictures."""
@@ -73,8 +66,8 @@ class PlannedPrompt:
         return prompt
 
     def steps(self, cache_salt: str = "") -> Iterator[MediaPrompt | None]:
-        """Yield None after each picture or frame that was decoded, then the prompt. Raises
-        ConfigError as `decoded` does."""
+        """Yield None between pictures and after each frame, then the prompt. Raises ConfigError as
+        `decoded` does."""
         media = None
         if self.decode and self.pictures:
             for media in self.decode(self, cache_salt):
@@ -189,16 +182,18 @@ class PromptBuilder:
             )
         sizes = [header_size(frame, self._limits) for frame in frames]
         room = self._reader.room(source.modality, *sizes[0], len(frames))
-        return PlannedPicture(source, first, room, [width * height for width, height in sizes])
+        return PlannedPicture(source, first, room)
 
     def _decoded(self, plan: PlannedPrompt, cache_salt: str) -> Iterator[Media | None]:
-        pictures = []
+        pictures: list[Picture] = []
         grids = []
         for planned in plan.pictures:
-            pixels = None
-            for step in self._pixels(planned.source):
-                pixels = step
+            if pictures:
                 yield None
+            pixels = None
+            for pixels in self._pixels(planned.source):
+                if pixels is None:
+                    yield None
             if pixels is None or pixels.length != planned.room.length:
                 raise ConfigError("an image has changed while it was read")
             if cache_salt:

@@ -17,8 +17,8 @@ from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import Usage
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import disconnect
 from smart_decoding.server.replies import Reply, encoded
+from smart_decoding.server.turns import disconnect, unless_gone
 
 if TYPE_CHECKING:
     from smart_decoding.engine.jobs import Chunk
@@ -80,8 +80,8 @@ async def _written(worker: Worker, request: Request, reply: Reply, chunks: Seque
     def write() -> str:
         return encoded(reply.whole(chunks))
 
-    size = sum(len(chunk.logprobs) for chunk in chunks if chunk.logprobs)
-    return await worker.texts.write(request, size, write) if size else write()
+    long = any(chunk.logprobs for chunk in chunks)
+    return await worker.texts.write(request, write) if long else write()
 
 
 def check_model(name: str, worker: Worker) -> None:
@@ -155,7 +155,7 @@ async def _grammars(
     client = request.state.client
     try:
         compiled = worker.preparation.compiled(worker.ready().grammars, structure, client)
-        return [await worker.texts.held(request, compiled)]
+        return [await unless_gone(request, compiled)]
     except ConfigError as error:
         field = body.structured_by
         message = str(error).removeprefix("structured_outputs: ")

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from smart_decoding.server.errors import ApiError, gone, of_validation
 
 if TYPE_CHECKING:
-    from smart_decoding.server.lane import Texts
+    from smart_decoding.server.turns import Texts
 
 MAX_VALUES = 200_000  # in a body: numbers, texts, ...
 MAX_NAMED = 50_000  # in a body: values that have names, which take ten times as long to read
@@ -45,23 +45,6 @@ def _few(raw: bytes) -> bool:
     return raw.count(b",") < MAX_VALUES and named <= MAX_NAMED and nested <= MAX_NESTED
 
 
-class _Read(Request):
-    """A request whose body has been read: as bytes, and as its model."""
-
-    def __init__(self, request: Request, raw: bytes, found: BaseModel) -> None:
-        super().__init__(request.scope, request.receive)
-        self._raw = raw
-        self._found = found
-
-    async def body(self) -> bytes:
-        """Return what was sent."""
-        return self._raw
-
-    async def json(self) -> BaseModel:
-        """Return the model, which FastAPI takes as it is."""
-        return self._found
-
-
 class CountedRoute(APIRoute):
     """A route that counts the values of a body before it reads it. Long bodies take turns, by
     `Texts` in the application's state."""
@@ -82,7 +65,10 @@ class CountedRoute(APIRoute):
                 # With this request's own `ignored`, in another thread, too.
                 read = partial(copy_context().run, _read, model, raw)
                 texts: Texts = request.app.state.texts
-                request = _Read(request, raw, await texts.checked(request, read))
+                found = await texts.checked(request, read)
+                if isinstance(found, ApiError):
+                    raise found
+                request._json = found  # FastAPI takes a model as it is
             return await handle(request)
 
         return counted
@@ -97,15 +83,7 @@ def _check_type(request: Request) -> None:
         raise ApiError(415, message, "unsupported_media_type")
 
 
-def _read(model: type[BaseModel], raw: bytes) -> BaseModel:
-    """Return the body as its model. Raises ApiError."""
-    found = _model_of(model, raw)
-    if isinstance(found, ApiError):
-        raise found
-    return found
-
-
-def _model_of(model: type[BaseModel], raw: bytes) -> BaseModel | ApiError:
+def _read(model: type[BaseModel], raw: bytes) -> BaseModel | ApiError:
     """Return the model, or the error. A raised error would hold the whole body, for the event loop
     to free."""
     check_count(raw)

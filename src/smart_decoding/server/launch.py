@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -22,8 +21,7 @@ import uvicorn
 
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.server.app import create_app
-from smart_decoding.server.connections import MAX_HEAD, Connection
-from smart_decoding.server.listener import AT_ONCE, BACKLOG, Listener, allowed_connections
+from smart_decoding.server.connections import Connection, allowed_connections
 from smart_decoding.server.live import Live
 from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.tracebacks import traced
@@ -33,15 +31,19 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from smart_decoding.llm import LLM
-    from smart_decoding.server.lane import Texts
     from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")
+MAX_HEAD = 64 * 1024  # bytes of a request
+# Connections accepted in one turn of the event loop. Refused ones are closed some turns later, and
+# those under way must leave files for others.
+AT_ONCE = 16
+BACKLOG = 2048  # connections that wait to be accepted
+STALLED = 60.0  # seconds after which a client that reads nothing is cut off
 READING = 1.0  # seconds at the end for clients to read it
 # Seconds after which a thread that runs Python yields to another. A round may wait for so long, and
 # so may every step of an answer about health.
 SWITCH = 0.001
-TIDY = 60.0  # seconds between two looks for old garbage
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
 # Characters that a terminal obeys, or that end or reverse a line there.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -146,24 +148,21 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     live = Live(settings.model_name)
     worker = Worker(load, settings, (metrics, live))
     metrics.shared = worker.gauges
-    connection = functools.partial(
-        Connection,
-        head_timeout=settings.head_timeout,
-        max_connections=allowed_connections(settings.max_connections),
-    )
+    most = allowed_connections(settings.max_connections)
     config = uvicorn.Config(
         create_app(worker, metrics, live),
         log_config=None,
         access_log=False,
-        loop="asyncio",  # the only one that calls our listener's accept
+        loop="asyncio",
         backlog=AT_ONCE,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=cast(int, settings.head_timeout),  # it may be a fraction
         # later than our own deadline
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + 2 * READING),
         lifespan="on",
         ws="none",
-        http=cast(type[Connection], connection),
+        http=cast(type[Connection], functools.partial(Connection, max_connections=most)),
         h11_max_incomplete_event_size=MAX_HEAD,
     )
     server = Server(config, worker)
@@ -179,7 +178,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     set_up_logging(settings.log_level)
 
     def loaded() -> LLM:
-        return _settled(load(), worker.texts)
+        return _settled(load())
 
     server, worker = make_server(loaded, settings)
     with bind(settings.host, settings.port) as listener:
@@ -210,23 +209,13 @@ def welcome(settings: ServerSettings, url: str) -> str:
 """
 
 
-def _settled(llm: LLM, texts: Texts) -> LLM:
+def _settled(llm: LLM) -> LLM:
     """Set up Python for a server. Loaded objects stay: searching them for garbage again would hold
-    up rounds. `_tidy` searches later objects: with large bodies a search took 0.12 s."""
+    up rounds."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], 1 << 30)
-    threading.Thread(target=_tidy, args=(texts,), name="smart-tidy", daemon=True).start()
     sys.setswitchinterval(SWITCH)
     return llm
-
-
-def _tidy(texts: Texts) -> None:
-    """Look for old garbage while no large body is there."""
-    while True:
-        time.sleep(TIDY)
-        if texts.quiet:
-            gc.collect()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -237,8 +226,11 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         family, kind, protocol, _, address = found
         # asyncio sets TCP_NODELAY only where the protocol is given
-        listener = Listener(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux has it
+            stalled = round(1000 * STALLED)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # a name may be no name at all
         if listener is not None:

@@ -38,6 +38,7 @@ from smart_decoding.server.schemas import (
     TokenizeRequest,
 )
 from smart_decoding.server.tool_text import HarmonyReader, ToolText
+from smart_decoding.server.turns import unless_gone
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -194,7 +195,7 @@ class _Routes:
         """Return the result of a preparation task of `field`. Raises ApiError."""
         try:
             result = prepare(request.state.client, made)
-            return await self._worker.texts.held(request, result)
+            return await unless_gone(request, result)
         except CapacityError as error:
             raise _too_long(error, field) from error
         except TooLargeError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.models.text.grammars import stand_back
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import Lane, unless_gone
+from smart_decoding.server.turns import Turns, unless_gone
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -23,12 +23,12 @@ NICE = 10  # decoding yields processors to rounds
 
 
 class Pictures:
-    """Decodes one picture at a time, of the client that has sent least. Pillow releases Python's
+    """Decodes one picture at a time, of each client in turn. Pillow releases Python's
     lock."""
 
     def __init__(self) -> None:
         threads = ThreadPoolExecutor(1, "smart-pictures", stand_back, (NICE,))
-        self._lane = Lane(threads)
+        self._turns = Turns(threads)
         self._held: Counter[str] = Counter()  # bytes, by client
 
     def hold(self, client: str, size: int) -> Callable[[], None]:
@@ -61,11 +61,9 @@ class Pictures:
         return await unless_gone(request, self._in_turns(request.state.client, plan, cache_salt))
 
     async def _in_turns(self, client: str, plan: PlannedPrompt, cache_salt: str) -> MediaPrompt:
-        """Decode a prompt's pictures; each picture or frame is a turn of its own. The client is
-        charged the pixels sent, which take the time, not the few that are kept."""
+        """Decode a prompt's pictures; each picture or frame is a turn of its own."""
         steps = plan.steps(cache_salt)
-        sizes = iter(plan.sizes)
         prompt: MediaPrompt | None = None
         while prompt is None:
-            prompt = await self._lane.run(client, next(sizes, 0), partial(next, steps))
+            prompt = await self._turns.run(client, partial(next, steps))
         return prompt

@@ -1,23 +1,23 @@
-"""Turn texts of requests into tokens, and try their grammars, in processes that may be killed.
+"""Turn texts of requests into tokens, and try their grammars, in a process whose children may be
+killed.
 
-This is the server's side; `server.preparation_process` is the program of such a process."""
+This is the server's side; `server.preparation_process` is the program of the process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
 
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.text import bounds
@@ -25,30 +25,29 @@ from smart_decoding.models.text.grammar_source import library
 from smart_decoding.models.text.grammars import Compiled, Grammars, stand_back
 from smart_decoding.server import preparation_process
 from smart_decoding.server.errors import ApiError, shutting_down
-from smart_decoding.server.lane import SHORT, Lane, Lanes
 from smart_decoding.server.preparation_process import (
     HEAD,
     LARGEST,
+    LIMITS,
+    NICENESS,
+    READY,
     framed,
     unframed,
-    unpacked,
 )
+from smart_decoding.server.turns import SHORT, Turns
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.llm import LLM
 
 log = logging.getLogger("smart.server")
-T = TypeVar("T")
 _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-SHORT_SECONDS = 0.25  # of a processor for a short task; a usual chat takes some thousandths
+SHORT_SECONDS = 0.1  # of a processor for a short task; a usual chat takes some thousandths
 SECONDS = 2.0  # of a processor for a long task, or a short one that took over SHORT_SECONDS
 PATIENCE = 30.0  # seconds by the clock for a task, on a busy machine
-SLOW = 5.0  # seconds for which a client that broke a short limit uses the long process alone
-START = 120.0  # seconds by the clock for the start of a process
-LAST_WORDS = 0.5  # seconds from the end of a process's output to its exit status
-NICE = 10  # priority of long tasks, not of starts: rounds of the engine go first
-WAITING = 16  # grammars of one client that wait or are compiled
+START = 120.0  # seconds by the clock for the start of the process
+LAST_WORDS = 0.5  # seconds from the end of the process's output to its exit status
+NICE = 10  # priority of long tasks: rounds of the engine go first
 GRAMMAR_SIZE = 2**18  # characters; a mask of a long literal takes a microsecond for each
 _THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
@@ -61,51 +60,32 @@ class TooSlowError(TooLargeError):
     """A task that takes longer than it may."""
 
 
-class OverdueError(ApiError):
-    """A task that took too long by the clock, on a machine that may be busy."""
-
-    def __init__(self) -> None:
-        message = f"preparing it took more than {PATIENCE:g} s here: try again later"
-        super().__init__(503, message, "overloaded")
-
-
-class EndedError(RuntimeError):
-    """A process that ended for an unknown reason. status: its exit status; said: for the log."""
-
-    def __init__(self, status: int, said: str) -> None:
-        self.status = status
-        self.said = f"a preparation process ended with status {status}: {said}"
-        super().__init__(self.said)
-
-
 class FailedError(RuntimeError):
-    """A task that failed as none may. said: the traceback, for the log."""
+    """A task, or a start of the process, that failed as none may. said: for the log."""
 
     def __init__(self, said: str) -> None:
-        super().__init__("a preparation process failed")
+        super().__init__("the preparation process failed")
         self.said = said
 
 
 class Process:
-    """One preparation process. The first task starts it; another one replaces it when it dies.
+    """The preparation process. The first task starts it; another one replaces it when it dies.
 
-    setup: awaits the first frame; nice: priority; seconds: of a processor for each task."""
+    setup: awaits the first frame."""
 
-    def __init__(self, setup: Callable[[], Awaitable[bytes]], nice: int, seconds: float) -> None:
+    def __init__(self, setup: Callable[[], Awaitable[bytes]]) -> None:
         self.child: subprocess.Popen[bytes] | None = None
         self._setup = setup
-        self._nice = nice
-        self._seconds = seconds
-        self._log: IO[bytes] | None = None
-        self._ready: asyncio.Task[_Streams] | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._control: socket.socket | None = None
+        self._ready: asyncio.Task[socket.socket] | None = None
+        self._free: dict[int, _Streams] = {}  # niceness -> to a child that has no task
         self._stopped = False
 
     def start(self) -> None:
         """Start the process, unless it runs."""
-        if self._ready is not None and self._ready.done() and not self._lives():
-            self._forget()  # it died while it had no task
-        if self._ready is None and not self._stopped:
+        lives = self.child is not None and self.child.poll() is None
+        if not self._stopped and (self._ready is None or (self._ready.done() and not lives)):
+            self._end()
             self._ready = asyncio.create_task(self._begin())
 
     def stop(self) -> None:
@@ -113,197 +93,150 @@ class Process:
         self._stopped = True
         if self._ready is not None:
             self._ready.cancel()  # of no effect if it is ready
-        if self._writer is not None:
-            self._writer.close()
+        for _, writer in self._free.values():
+            writer.transport.abort()
         self._end()
 
-    async def answer(self, task: bytes) -> Any:
-        """Do one task; return its result. Only one may run at a time.
+    async def answer(self, task: bytes, seconds: float, nice: int = 0) -> Any:
+        """Do one task in a child; return its result. seconds: of a processor; nice: the child's
+        priority.
 
         Raises TooLargeError if the task breaks a limit, ConfigError or CapacityError if it is
-        refused, ApiError if the server ends, the task is overdue or its process is killed twice."""
-        try:
-            return await self._answer(task)
-        except EndedError as error:
-            if error.status >= 0:  # a defect; else it was killed, as where there is no memory
-                raise
-        try:
-            return await self._answer(task)
-        except EndedError as error:
-            log.error(error.said)
-            message = "the process that prepares it was killed: try again later"
-            raise ApiError(503, message, "overloaded") from error
+        refused, ApiError if the server ends, the task is overdue or its child is killed twice."""
+        limits = LIMITS.pack(round(1000 * seconds), round(1000 * PATIENCE))
+        for _ in range(2):
+            answer = await self._answer(limits + HEAD.pack(len(task)) + task, nice)
+            status = answer.get("ended")
+            if status is None:
+                return _result(answer)
+            if status == bounds.OVER_TIME:
+                raise TooSlowError(f"preparing it takes more than {seconds:g} s of a processor")
+            if status in bounds.OVER_MEMORY:
+                size = f"{bounds.MEMORY >> 20} MiB of memory"
+                raise TooLargeError(
+                    f"preparing it takes more than {size}, or it is nested too deep"
+                )
+            if status == -signal.SIGALRM:
+                message = f"preparing it took more than {PATIENCE:g} s here: try again later"
+                raise ApiError(503, message, "overloaded")
+            if status >= 0:
+                raise FailedError(f"its child ended with status {status}")
+        log.error(f"a preparation process ended with status {status} twice")
+        message = "the process that prepares it was killed: try again later"
+        raise ApiError(503, message, "overloaded")
 
-    async def _answer(self, task: bytes) -> Any:
+    async def _answer(self, task: bytes, nice: int) -> dict[str, Any]:
+        """Return what a child answers, or how it ended. task: with its limits."""
+        free = self._free.pop(nice) if nice in self._free else await self._fork(nice)
+        reader, writer = free
+        found: dict[str, Any] = {"ended": -signal.SIGKILL}  # with the process itself
+        try:
+            writer.write(task)
+            found = unframed(await _body(reader))
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            if "ended" in found:
+                writer.transport.abort()  # which ends the child, if it still works
+            else:
+                self._free[nice] = reader, writer
+        return found
+
+    async def _fork(self, nice: int) -> _Streams:
+        """Return the streams of a new child."""
         self.start()
-        if self._ready is None:
+        if self._ready is None or self._stopped:
             raise shutting_down()
         try:
-            reader, writer = await asyncio.shield(self._ready)
+            control = await asyncio.shield(self._ready)
         except asyncio.CancelledError:
             if self._stopped:
                 raise shutting_down() from None
             raise
-        try:
-            async with asyncio.timeout(PATIENCE):
-                writer.write(HEAD.pack(len(task), round(1000 * self._seconds)))
-                writer.write(task)
-                found = await _body(reader)
-        except asyncio.CancelledError:
-            await self._died(True)
-            raise
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
-            raise await self._died(isinstance(error, TimeoutError)) from error
-        return _result(await _in_thread(unframed, found))
-
-    async def _begin(self) -> _Streams:
-        """Start the process and wait until it is ready. Raises RuntimeError."""
         ours, theirs = socket.socketpair()
+        streams = await asyncio.open_connection(sock=ours)
+        with theirs, suppress(OSError):  # then the child's end is closed, which its task finds
+            socket.send_fds(control, [NICENESS.pack(nice)], [theirs.fileno()])
+        return streams
+
+    async def _begin(self) -> socket.socket:
+        """Start the process; return its socket when it is ready. Raises FailedError."""
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
         try:
-            self._log = _new_log()
-            options = ["-P", "-X", "utf8", "-m", preparation_process.__name__]
-            self.child = subprocess.Popen(
-                [sys.executable, *options, str(self._nice)],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=self._log or subprocess.DEVNULL,
-                env={**bounds.environment(), **_THREADS},
-                process_group=0,  # Ctrl-C is the server's
-            )
+            with theirs:
+                self.child = subprocess.Popen(
+                    [sys.executable, "-P", "-X", "utf8", "-m", preparation_process.__name__],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env={**bounds.environment(), **_THREADS},
+                    process_group=0,  # Ctrl-C is the server's
+                )
         except OSError as error:
-            ours.close()
-            raise RuntimeError(f"no preparation process can be started: {error}") from error
-        finally:
-            theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+            raise FailedError(f"no preparation process can be started: {error}") from error
         setup = await self._setup()
-        try:
+        loop = asyncio.get_running_loop()
+        ready = b""
+        with suppress(TimeoutError, OSError):
             async with asyncio.timeout(START):
-                self._writer.write(setup)
-                await _body(reader)
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
-            raise await self._ended(LAST_WORDS) from error
-        return reader, self._writer
+                await loop.sock_sendall(self._control, setup)
+                ready = await loop.sock_recv(self._control, len(READY))
+        if not ready:
+            status, said = await asyncio.to_thread(self._said)
+            raise FailedError(f"the preparation process ended with status {status}: {said}")
+        return self._control
 
-    async def _died(self, late: bool) -> Exception:
-        """End the process and start another; return the error of its task. late: it was overdue."""
-        ended = await self._ended(0 if late else LAST_WORDS)
-        status = ended.status
-        self._forget()
-        self.start()
-        if self._stopped or self._ready is None:
-            return shutting_down()
-        await asyncio.wait([self._ready])  # at this client's cost
-        if late:
-            return OverdueError()
-        if status == bounds.OVER_TIME:
-            return TooSlowError(f"preparing it takes more than {self._seconds:g} s of a processor")
-        if status in bounds.OVER_MEMORY:
-            size = f"{bounds.MEMORY >> 20} MiB of memory"
-            return TooLargeError(f"preparing it takes more than {size}, or it is nested too deep")
-        return ended
-
-    async def _ended(self, seconds: float) -> EndedError:
-        """Wait so long for the process to end, then kill it; return how it ended."""
-        status = await asyncio.to_thread(self._end, seconds)
-        return EndedError(status, self._said())
-
-    def _lives(self) -> bool:
-        return self.child is not None and self.child.poll() is None
-
-    def _forget(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._log is not None:
-            self._log.close()
-        self._log = None
-        self.child = None
-        self._writer = None
-        self._ready = None
-
-    def _end(self, seconds: float = 0) -> int:
-        """Wait so long for the process to end, then kill it; return its exit status."""
-        if self.child is None:
-            return 0
+    def _said(self) -> tuple[int, str]:
+        """Wait for the end, which may have begun; return the exit status and the last words."""
+        assert self.child is not None
+        assert self.child.stdout is not None
         with suppress(subprocess.TimeoutExpired):
-            return self.child.wait(seconds)
-        self.child.kill()
-        return self.child.wait()
+            self.child.wait(LAST_WORDS)
+        self._kill(self.child)
+        said = self.child.stdout.read().decode(errors="replace")
+        return self.child.wait(), said[-2000:]
 
-    def _said(self) -> str:
-        """Return the end of the log, which has the process's output before it was ready."""
-        if self._log is None:
-            return ""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-2000:]
+    def _end(self) -> None:
+        """End the process and its children, if there are any."""
+        if self._control is not None:
+            self._control.close()
+        if self.child is not None:
+            self._kill(self.child)
+            with self.child:  # waits, and closes what it wrote to
+                pass
 
-
-class ProcessPair:
-    """A process for short tasks, and one for long tasks and for short ones that took too long.
-
-    Each does one task after another, of the client served least. A client whose short task breaks
-    a limit uses the long process alone for a while: each death holds up all short tasks."""
-
-    def __init__(self, setup: Callable[[], Awaitable[bytes]]) -> None:
-        self.short = Process(setup, 0, SHORT_SECONDS)
-        self.long = Process(setup, NICE, SECONDS)
-        self._short_lane = Lane()
-        self._long_lane = Lane()
-        self._slow: dict[str, float] = {}  # client -> second in which its short task broke a limit
-
-    async def answer(self, client: str, task: bytes) -> Any:
-        """See `Process`."""
-        size = len(task)
-        if size <= SHORT:
-            short = partial(self._answer_soon, client, task)
-            with suppress(TooSlowError, OverdueError):
-                return await self._short_lane.take(client, size, short)
-        return await self._long_lane.take(client, size, partial(self.long.answer, task), stops=True)
-
-    async def _answer_soon(self, client: str, task: bytes) -> Any:
-        latest = time.monotonic() - SLOW
-        self._slow = {each: since for each, since in self._slow.items() if since > latest}
-        if client in self._slow:
-            raise TooSlowError("a task of this client was too slow just now")
-        try:
-            return await self.short.answer(task)
-        except TooLargeError:
-            self._slow[client] = time.monotonic()
-            raise
-
-    def stop(self) -> None:
-        """See `Process`."""
-        self.short.stop()
-        self.long.stop()
-
-
-@dataclass(eq=False, slots=True)
-class _Compilation:
-    """A grammar that is compiled, or will be. waiting: requests that wait for it."""
-
-    task: asyncio.Task[Compiled]
-    waiting: int = 0
+    def _kill(self, child: subprocess.Popen[bytes]) -> None:
+        if child.poll() is None:
+            with suppress(OSError):  # macOS refuses where it has just ended
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 class Preparation:
-    """Make tokens and grammars of requests. Call all methods but `know` in the event loop."""
+    """Make tokens and grammars of requests. Call all methods but `know` in the event loop.
+
+    Short tasks do not wait for long ones. One that takes too long for a short one is done again as
+    a long one."""
 
     def __init__(self) -> None:
-        self.texts = ProcessPair(self._tokenizer)
-        self.grammars = ProcessPair(_no_tokenizer)
+        self.process = Process(self._tokenizer)
+        self._short = Turns()
+        self._long = Turns()
         threads = ThreadPoolExecutor(2, "smart-grammars", stand_back, (NICE,))
-        self._compiling = Lanes(SHORT, threads)
-        self._works: dict[StructuredOutputsParams, _Compilation] = {}
-        self._waiting: Counter[str] = Counter()  # works by client
+        self._compiling_short = Turns(threads)
+        self._compiling_long = Turns(threads)
+        # Held while a grammar is tried and compiled, so that equal ones are once.
+        self._locks: WeakValueDictionary[StructuredOutputsParams, asyncio.Lock] = (
+            WeakValueDictionary()
+        )
         self._setup = b""
         self._known = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Start both processes for texts."""
+        """Start the process."""
         self._loop = asyncio.get_running_loop()
-        self.texts.short.start()
-        self.texts.long.start()
+        self.process.start()
 
     def know(self, llm: LLM) -> None:
         """Take the model, once it is loaded. May be called in any thread."""
@@ -313,64 +246,43 @@ class Preparation:
                 self._loop.call_soon_threadsafe(self._known.set)
 
     def stop(self) -> None:
-        """End all processes, as the server ends."""
-        self.texts.stop()
-        self.grammars.stop()
+        """End the process, as the server ends."""
+        self.process.stop()
 
     async def tokens(self, client: str, task: bytes) -> list[list[int]]:
         """Return token ids by a task `chat` or `encode`. Raises as `Process.answer` does."""
-        return [await _in_thread(unpacked, each) for each in await self.texts.answer(client, task)]
+        tokens: list[list[int]] = await self._answer(client, task)
+        return tokens
 
     async def text(self, client: str, task: bytes) -> str:
         """Return the text by a task `decode`. Raises as `Process.answer` does."""
-        return str(await self.texts.answer(client, task))
+        return str(await self._answer(client, task))
 
     async def compiled(
         self, grammars: Grammars, params: StructuredOutputsParams, client: str
     ) -> Compiled:
-        """Try a grammar in a process, then compile it here on the model's tokens.
-
-        Equal grammars are compiled once, and none after its last request has gone. Raises
-        ConfigError for a grammar that is wrong or too large, ApiError if too many of this client's
-        grammars wait."""
+        """Try a grammar in a child, then compile it here on the model's tokens, once for all equal
+        ones. Raises ConfigError for a grammar that is wrong or too large, and as `Process.answer`
+        does."""
         size = _size(params)
-        found = grammars.known(params)
-        if found is not None:
-            return found
-        work = self._works.get(params)
-        if work is None:
-            library()  # raises ConfigError without llguidance
-            if self._waiting[client] >= WAITING:
-                message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
-                raise ApiError(429, message, "queue_full")
-            self._waiting[client] += 1
-            coming = asyncio.create_task(self._compile(grammars, params, client, size))
-            work = self._works[params] = _Compilation(coming)
-            coming.add_done_callback(partial(self._compiled, params, client))
-        work.waiting += 1
-        try:
-            return await asyncio.shield(work.task)
-        finally:
-            work.waiting -= 1
-            if not work.waiting:
-                if self._works.get(params) is work:
-                    del self._works[params]
-                work.task.cancel()
+        async with self._locks.setdefault(params, asyncio.Lock()):
+            found = grammars.known(params)
+            if found is None:
+                library()  # raises ConfigError without llguidance
+                source = await self._answer(client, task("grammar", **vars(params)))
+                work = partial(grammars.compiled, params, source)
+                line = self._compiling_short if size <= SHORT else self._compiling_long
+                found = await line.run(client, work)
+        return found
 
-    async def _compile(
-        self, grammars: Grammars, params: StructuredOutputsParams, client: str, size: int
-    ) -> Compiled:
-        source = await self.grammars.answer(client, task("grammar", **vars(params)))
-        return await self._compiling.run(client, size, partial(grammars.compiled, params, source))
-
-    def _compiled(
-        self, params: StructuredOutputsParams, client: str, done: asyncio.Task[Compiled]
-    ) -> None:
-        self._waiting[client] -= 1
-        self._waiting += Counter()  # drop zero counts
-        work = self._works.get(params)
-        if work is not None and work.task is done:
-            del self._works[params]
+    async def _answer(self, client: str, task: bytes) -> Any:
+        """See `Process.answer`."""
+        if len(task) <= SHORT:
+            with suppress(TooSlowError):
+                async with self._short.turn(client):
+                    return await self.process.answer(task, SHORT_SECONDS)
+        async with self._long.turn(client):
+            return await self.process.answer(task, SECONDS, NICE)
 
     async def _tokenizer(self) -> bytes:
         await self._known.wait()
@@ -395,19 +307,8 @@ def task(name: str, **arguments: Any) -> bytes:
     return framed({"task": name, **arguments})[HEAD.size :]
 
 
-def _new_log() -> IO[bytes] | None:
-    """Return a file in memory, since folders may be full or read-only; None where there is none."""
-    with suppress(AttributeError, OSError):  # Linux has them
-        return open(os.memfd_create("preparation"), "w+b")
-    return None
-
-
-async def _no_tokenizer() -> bytes:
-    return framed({})
-
-
 async def _body(reader: asyncio.StreamReader) -> bytes:
-    length, _ = HEAD.unpack(await reader.readexactly(HEAD.size))
+    (length,) = HEAD.unpack(await reader.readexactly(HEAD.size))
     return await reader.readexactly(length)
 
 
@@ -422,11 +323,6 @@ def _result(answer: dict[str, Any]) -> Any:
     if "failed" in answer:
         raise FailedError(answer["failed"])
     return answer["result"]
-
-
-async def _in_thread(work: Callable[[Any], T], content: str | bytes) -> T:
-    """Do `work`, in another thread where `content` is long."""
-    return await asyncio.to_thread(work, content) if len(content) > SHORT else work(content)
 
 
 def _size(params: StructuredOutputsParams) -> int:

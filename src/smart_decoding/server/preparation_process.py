@@ -1,25 +1,25 @@
-"""The preparation process: `python -m smart_decoding.server.preparation_process NICE`.
+"""The preparation process: `python -m smart_decoding.server.preparation_process`.
 
 The process renders chat templates, tokenises and tries grammars: work that a stranger's input can
-make slow or large. The operating system bounds its processor time and its memory, in native code,
-too. A process that exceeds a bound dies, and `server.preparation` starts another one. The tokenizer
-comes first on standard input, then one task after another; answers go to standard output. A frame
-is its length, the milliseconds of a processor that its task may take (0: any), and JSON.
+make slow or large. It loads the tokenizer once, and forks children, which do one task after
+another. The operating system bounds a child's time and memory, in native code, too: a child that
+exceeds a bound dies alone. The tokenizer comes first on standard input, a socket, and then a
+message with a socket for each child. On that the child gets tasks, each with its limits, and sends
+the answers; its parent sends how the child has ended.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import ctypes
+import fcntl
+import gc
 import json
 import os
 import signal
+import socket
 import struct
-import sys
 import traceback
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import IO, Any
@@ -33,16 +33,19 @@ from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import Conversations
 from smart_decoding.server.tracebacks import traced
 
-HEAD = struct.Struct(">II")
+HEAD = struct.Struct(">I")  # of a frame: its length
+LIMITS = struct.Struct(">II")  # of the next task: milliseconds of a processor, and of the clock
+NICENESS = struct.Struct(">i")  # of a child
+READY = b"\0"  # comes when the tokenizer is loaded
 LARGEST = 16 * 2**20  # bytes of an answer
-_PR_SET_PDEATHSIG = 1
+_WARM_UP = 0.5  # seconds of a processor to compile the chat template; a usual one takes 0.02
 _ENCODING = ("utf-8", "surrogatepass")
 
 
-def framed(content: Any, milliseconds: int = 0) -> bytes:
+def framed(content: Any) -> bytes:
     """Return the frame of a value as JSON."""
     body = json.dumps(content, ensure_ascii=False).encode(*_ENCODING)
-    return HEAD.pack(len(body), milliseconds) + body
+    return HEAD.pack(len(body)) + body
 
 
 def unframed(body: bytes) -> Any:
@@ -50,50 +53,35 @@ def unframed(body: bytes) -> Any:
     return json.loads(body.decode(*_ENCODING))
 
 
-def packed(ids: Sequence[int]) -> str:
-    """Return token ids as one text, which JSON reads at once."""
-    return base64.b64encode(array("i", ids).tobytes()).decode()
-
-
-def unpacked(text: str) -> list[int]:
-    """Return the token ids of `packed`."""
-    return array("i", base64.b64decode(text)).tolist()
-
-
 class Tasks:
     """The tasks: each method's arguments and result are JSON.
 
-    backend: a tokenizer as its library writes it; without one there are grammars only. options: the
-    other arguments of `Tokenizer`. placeholders: see `Conversations`."""
+    backend: a tokenizer as its library writes it. options: the other arguments of `Tokenizer`.
+    placeholders: see `Conversations`."""
 
     def __init__(
-        self,
-        backend: str | None = None,
-        placeholders: Mapping[str, str] | None = None,
-        **options: Any,
+        self, backend: str, placeholders: Mapping[str, str] | None = None, **options: Any
     ) -> None:
         import_module("jinja2.sandbox")  # not in a task's time
         import_module("jinja2.ext")
         with contextlib.suppress(ConfigError):  # reported for a request with a grammar
             library()
-        if backend is None:
-            return
         self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend), **options)
         self._texts = Conversations(self._tokenizer)
         self._pictures = Conversations(self._tokenizer, placeholders)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], pictures: bool
-    ) -> list[str]:
+    ) -> list[list[int]]:
         """Return the tokens of a conversation, as a list of one. variables: see
         `Tokenizer.apply_chat_template`. pictures: whether the model takes pictures."""
         conversations = self._pictures if pictures else self._texts
         tokens, _ = conversations.tokens(messages, **variables)
-        return [packed(tokens)]
+        return [tokens]
 
-    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[str]:
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Return the tokens of each text."""
-        return [packed(self._tokenizer.encode(text, add_special_tokens)) for text in texts]
+        return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens."""
@@ -103,6 +91,11 @@ class Tasks:
         """Try the grammar of StructuredOutputsParams once; return its source."""
         found: Any = SimpleNamespace(**params)
         return tried(found)
+
+    def warm_up(self) -> None:
+        """Compile the chat template."""
+        with contextlib.suppress(SmartError):  # reported for a conversation
+            self.chat([{"role": "user", "content": "hi"}], {}, False)
 
 
 def answer(tasks: Tasks, body: bytes) -> bytes:
@@ -123,60 +116,112 @@ def answer(tasks: Tasks, body: bytes) -> bytes:
         return framed({"failed": traced(error)})
 
 
-def _die_with_parent() -> None:
-    """Have Linux kill this process with its parent, even during a task. Between tasks, and on other
-    systems, the end of the input ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _read(stream: IO[bytes]) -> bytes | None:
-    """Read a frame and start its task's clock; return its body, or None at the input's end."""
-    head = stream.read(HEAD.size)
-    if len(head) < HEAD.size:
-        return None
-    length, milliseconds = HEAD.unpack(head)
-    bounds.limit_time(milliseconds / 1000)
-    body = stream.read(length)
-    return body if len(body) == length else None
-
-
 def main() -> None:
-    """Do tasks until the input ends. A broken limit has an exit status of its own."""
+    """Answer until the input ends, which also ends all children."""
     try:
-        _answer_all()
-    except MemoryError:
-        os._exit(bounds.NO_MEMORY)
+        with socket.socket(fileno=0) as control:
+            _answer_all(control)
     except BaseException:  # a panic of native code is no Exception
         traceback.print_exc()
         os._exit(1)
 
 
-def _answer_all() -> None:
-    _die_with_parent()
-    # The answers have a copy of standard output: what libraries print must not get between.
-    with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
-        os.dup2(2, 1)
-        tasks = Tasks(**unframed(_read(stream) or b"{}"))
-        bounds.limit_memory()
-        os.nice(int(sys.argv[1]))  # only now: a start is never held up by other work
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        ready = framed({})
-        while True:
-            _write(out, ready)
+def _answer_all(control: socket.socket) -> None:
+    with control.makefile("rb") as stream:
+        setup = _read(stream)
+    if setup is None:
+        return
+    tasks = Tasks(**unframed(setup))
+    bounds.limit_memory()
+    _warm_up(tasks)
+    gc.freeze()  # children would copy what they search for garbage
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    control.sendall(READY)
+    _fork_all(tasks, control)
+
+
+def _warm_up(tasks: Tasks) -> None:
+    """Compile the chat template for all children, once a child has: it is a stranger's program."""
+    child = os.fork()
+    if not child:
+        with _last():
+            bounds.limit_time(_WARM_UP)
+            tasks.warm_up()
+    if os.waitpid(child, 0)[1] == 0:
+        tasks.warm_up()
+
+
+def _fork_all(tasks: Tasks, control: socket.socket) -> None:
+    """Fork children until the input ends. Then end all of them."""
+    children: dict[int, socket.socket] = {}
+
+    def reap(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with children.pop(ended[0]) as connection, contextlib.suppress(OSError):
+                    status = os.waitstatus_to_exitcode(ended[1])
+                    connection.sendall(framed({"ended": status}))
+
+    signal.signal(signal.SIGCHLD, reap)
+    while True:
+        niceness, files, *_ = socket.recv_fds(control, NICENESS.size, 1)
+        if not files:
+            os.killpg(0, signal.SIGKILL)
+        connection = socket.socket(fileno=files[0])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        child = os.fork()
+        if not child:
+            with _last():
+                for other in (control, *children.values()):
+                    other.close()
+                os.nice(*NICENESS.unpack(niceness))
+                _do_all(tasks, connection)
+        children[child] = connection
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+
+
+def _do_all(tasks: Tasks, connection: socket.socket) -> None:
+    """Do one task after another within its limits, and send the answers."""
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    with connection.makefile("rb") as stream:
+        while len(limits := stream.read(LIMITS.size)) == LIMITS.size:
+            processor, clock = LIMITS.unpack(limits)
+            signal.setitimer(signal.ITIMER_REAL, clock / 1000)
             body = _read(stream)
             if body is None:
                 return
-            ready = answer(tasks, body)
+            fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)  # at a hang-up SIGIO ends this
+            bounds.limit_time(processor / 1000)
+            found = answer(tasks, body)
             bounds.limit_time(0)
+            fcntl.fcntl(connection, fcntl.F_SETFL, 0)
+            connection.sendall(found)
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _write(out: IO[bytes], frame: bytes) -> None:
-    left = memoryview(frame)
-    while left:
-        left = left[out.write(left) :]
+@contextlib.contextmanager
+def _last() -> Iterator[None]:
+    """Do what is inside as the last thing of this process."""
+    status = 1
+    try:
+        yield
+        status = 0
+    except MemoryError:
+        status = bounds.NO_MEMORY
+    finally:
+        os._exit(status)
+
+
+def _read(stream: IO[bytes]) -> bytes | None:
+    """Read a frame; return its body, or None at the input's end."""
+    head = stream.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    (length,) = HEAD.unpack(head)
+    body = stream.read(length)
+    return body if len(body) == length else None
 
 
 if __name__ == "__main__":

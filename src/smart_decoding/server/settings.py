@@ -48,7 +48,7 @@ class ServerSettings:
     head_timeout: float = option(
         10.0, "longest time for a request's head to arrive, in seconds; status 408 beyond"
     )
-    max_connections: int = option(512, "most connections; one address gets half of them at most")
+    max_connections: int = option(512, "most connections; beyond, the oldest idle one is closed")
     shutdown_timeout: float = option(30.0, "seconds for running answers to end after SIGTERM")
     log_level: str = option(
         "info",

@@ -17,9 +17,9 @@ from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.multimodal.prompts import PromptBuilder
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
-from smart_decoding.server.lane import Texts
 from smart_decoding.server.pictures import Pictures
 from smart_decoding.server.preparation import Preparation
+from smart_decoding.server.turns import Texts
 
 if TYPE_CHECKING:
     from smart_decoding.engine.inbox import Inbox
