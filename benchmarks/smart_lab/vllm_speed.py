@@ -296,7 +296,7 @@ def counted(controller: Any) -> dict[str, Any]:
     """Return what SMART did so far; nothing of the other engines."""
     if controller is None:
         return {}
-    counters = dict(vars(controller.policy.counters))
+    counters = dict(vars(controller.counters))
     lengths = counters.pop("lengths")
     return counters | {f"length_{k}": lengths.get(k, 0) for k in controller.captured.lengths}
 

@@ -33,10 +33,9 @@ def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     output = tmp_path / "costs.json"
     assert cli.main([*TUNE, *runs, "--nodes", "2=6", "--output", str(output)]) == 0
     costs = TierCosts.load(output)
-    assert costs.seconds(1, 0) == pytest.approx(0.011)
-    assert costs.seconds(1, 2) == pytest.approx(0.02)
-    assert costs.seconds(16, 0) == pytest.approx(0.0158)
-    assert costs.seconds(16, 2) == pytest.approx(0.04)
+    assert costs.seconds[1].seconds == pytest.approx((0.011, 0.02))
+    assert costs.seconds[16].seconds == pytest.approx((0.0158, 0.04))
+    assert {curve.rows for curve in costs.seconds.values()} == {(0, 2)}
     assert costs.tokens(2) == 7
     assert "batch 16: 0 steps 15.80 ms, 2 steps 40.00 ms" in capsys.readouterr().out
 

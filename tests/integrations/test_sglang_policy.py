@@ -87,12 +87,12 @@ def test_steps_that_later_versions_name_are_counted_even_as_they_change(policy) 
     """A batch reported late, between two that have other steps, is otherwise unknown."""
     policy.get_steps_for_batch(1)
     policy._recent.extend([1, 5])
-    before = policy.acceptance(3)
+    before = policy.lengths.acceptance.tokens()
     policy.on_verify_complete([3], 1)
-    assert policy.acceptance(3) == before
+    assert policy.lengths.acceptance.tokens() == pytest.approx(before)
     policy.on_state_activated(5)
     policy.on_verify_complete([3], 1, num_steps=3)
-    assert all(now > then for now, then in zip(policy.acceptance(3)[:3], before, strict=False))
+    assert (policy.lengths.acceptance.tokens()[1:4] > before[1:4]).all()
 
 
 NODES = {"1": 4, "3": 12, "5": 30}
@@ -125,7 +125,7 @@ def test_of_trees_the_tier_of_most_tokens_per_second_is_found(tiers) -> None:
     at the smallest."""
     accept = {0: 0.0, 1: 0.3, 3: 0.9, 5: 0.92}
     rates = {
-        k: tiers.costs.seconds(2, k) ** -1 * sum(p**d for d in range(k + 1))
+        k: tiers.lengths.seconds.predict(2, k) ** -1 * sum(p**d for d in range(k + 1))
         for k, p in accept.items()
     }
     used = serve_trees(tiers, 3000, accept)[-500:]
@@ -193,13 +193,6 @@ def test_the_trees_in_the_docs_are_taken(monkeypatch) -> None:
     assert policy.candidate_steps == [0, 2, 4, 6]
     assert policy.costs.tokens(4) == 15
     assert max(serve_trees(policy, 500, dict.fromkeys((0, 2, 4, 6), 1.0))) == 6
-
-
-def test_costs_are_linear_between_entries() -> None:
-    costs = TierCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
-    assert costs.seconds(1, 1) == pytest.approx(2.0)
-    assert costs.seconds(2, 1) == pytest.approx(2.5)
-    assert costs.seconds(64, 9) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,11 @@ def test_tiers_and_costs_are_written(
     assert "With one request at once drafts of 1 step is" in shown
     assert "from eight requests on leave speculation off" in shown
     costs = TierCosts.load(tmp_path / "costs.json")
-    assert costs.batches == [1, 8]
-    assert costs.seconds(1, 0) == pytest.approx(0.004, rel=0.5)
-    assert 2.0 < costs.seconds(8, 1) / costs.seconds(8, 0) < 3.0  # 2.6
+    assert list(costs.seconds) == [1, 8]
+    assert costs.seconds[1].seconds[0] == pytest.approx(0.004, rel=0.5)
+    assert costs.seconds[8].rows[:2] == (0, 1)
+    plain, drafting, *_ = costs.seconds[8].seconds
+    assert 2.0 < drafting / plain < 3.0  # 2.6
     assert costs.tokens(3) == 4  # chains
     tiers = json.loads((tmp_path / "costs.steps.json").read_text())
     assert tiers["1"]["candidate_steps"] == [0, 1, 3]

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from smart_decoding.core.lengths import DraftLengths, StepSeconds
 from smart_decoding.integrations.vllm.graphs import captured_lengths
-from smart_decoding.integrations.vllm.lengths import DraftLengths, Step
 
 SIZES = [1, 2, 4, *range(8, 513, 8)]
 USUAL = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]  # vLLM's own
@@ -84,12 +84,15 @@ def test_a_full_load_finds_its_length(accepted: bool, best: int) -> None:
     full = config("FULL_AND_PIECEWISE", sizes=USUAL, requests=20)
     captured = captured_lengths(full, [0, *[4] * 5, *[2] * 5, *[1] * 5, *[0] * 5], 4)
     assert captured.most == {0: 16, 1: 20, 2: 19, 4: 20}
-    policy = DraftLengths(captured.lengths[-1], captured.lengths[0])
+    policy = DraftLengths(captured.lengths[-1], StepSeconds(captured.lengths[0]))
+    chosen: list[int] = []
     length, exploring = 0, False
     for _ in range(400):
         drafts = policy.choose(18, captured.of(18))
         right = [length if accepted else 0] * 18
-        step = Step(18, length, drafts, 18 * length, right, exploring=exploring)
-        length, exploring = drafts, policy.exploring
-        policy.observe(step, 0.010 + 0.001 * drafts)
-    assert policy.counters.lengths[best] > 300
+        explores = policy.exploring
+        seconds = 0.010 + 0.001 * drafts if length == drafts else None
+        policy.observe(18, length, right, seconds, exploring)
+        length, exploring = drafts, explores
+        chosen.append(drafts)
+    assert chosen.count(best) > 300

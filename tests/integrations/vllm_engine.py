@@ -36,7 +36,7 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
         "tokens": [[list(output.outputs[0].token_ids) for output in batch] for batch in outputs],
         "texts": [[output.outputs[0].text for output in batch] for batch in outputs],
         "vllm": {"drafted": counts["draft"], "accepted": counts["accepted"]},
-        "counters": vars(controller.policy.counters) if controller else None,
+        "counters": vars(controller.counters) if controller else None,
     }
     if job.get("contract"):
         from smart_decoding.integrations.vllm import seams

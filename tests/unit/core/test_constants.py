@@ -28,8 +28,8 @@ ROWS = {4: 23.1, 8: 27.2, 16: 33.7, 32: 51.4, 64: 87.8, 128: 149.0, 256: 267.0}
 COSTS = CostModel.from_table({4: ROWS}, {1: 1.2, 4: 1.4, 16: 2.3, 64: 5.0, 128: 9.0})
 ROUNDS = range(250)
 MOST = 38  # numbers that the controller may be made of
-# Rivals have their published settings.
-OTHERS = {"chain", "eagle2", "paper", "static"}
+# Rivals have their published settings; `lengths` decides in other engines.
+OTHERS = {"chain", "eagle2", "lengths", "paper", "static"}
 PLAIN = {0, 1, 2, 0.5}  # mean in a formula what they mean anywhere
 
 

@@ -3,67 +3,46 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-import numpy as np
-
+from smart_decoding.core.costs import Curve
 from smart_decoding.errors import ConfigError
 
 COSTS = "SMART_SGLANG_COSTS"
 
 
+@dataclass(frozen=True, slots=True)
 class TierCosts:
-    """Seconds of one round by batch size and drafted steps, from a table.
-
-    Between its entries they are linear, beyond them constant.
+    """Seconds of one round (drafting, verifying and all else), by batch size and drafted steps.
 
     {"seconds": {"1": {"0": 0.011, "1": 0.013, "3": 0.016}, "16": {...}}}: batch size -> steps ->
     seconds. For trees also {"nodes": {"1": 4, "3": 12}}: how many nodes are verified after so many
     steps, in the same rounds."""
 
-    def __init__(
-        self,
-        table: Mapping[int, Mapping[int, float]],
-        nodes: Mapping[int, int] = MappingProxyType({}),
-    ) -> None:
-        self.batches = sorted(table)
-        self._table = {batch: dict(sorted(row.items())) for batch, row in table.items()}
-        self.nodes = dict(nodes)
+    seconds: dict[int, Curve]
+    nodes: dict[int, int]
 
     @classmethod
     def load(cls, path: Path) -> TierCosts:
         """Load a file. Raises ConfigError if it is not such a table."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            table = {
-                int(batch): {int(k): float(seconds) for k, seconds in row.items()}
+            curves = {
+                int(batch): Curve.from_table({int(k): float(s) for k, s in row.items()})
                 for batch, row in content["seconds"].items()
             }
             nodes = {int(k): int(count) for k, count in content.get("nodes", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no file of costs for {COSTS}: {error}") from error
-        numbers = [seconds for row in table.values() for seconds in row.values()]
-        if not table or not all(0 in row for row in table.values()) or min(table) < 1:
+        if not curves or min(curves) < 1 or any(curve.rows[0] for curve in curves.values()):
             raise ConfigError(
                 f"{path}: every batch size needs the seconds of 0 steps (plain decoding)"
             )
-        if not all(math.isfinite(seconds) and seconds > 0 for seconds in numbers):
-            raise ConfigError(f"{path}: seconds must be positive")
         if any(not 1 <= k <= count for k, count in nodes.items()):
             raise ConfigError(f"{path}: k steps, from 1 on, have at least k nodes")
-        return cls(table, nodes)
-
-    def seconds(self, batch: int, steps: int) -> float:
-        """Return seconds of one round: drafting, verifying and all else."""
-        of_batch = [
-            np.interp(steps, list(self._table[b]), list(self._table[b].values()))
-            for b in self.batches
-        ]
-        return float(np.interp(math.log(max(batch, 1)), np.log(self.batches), of_batch))
+        return cls(curves, nodes)
 
     def tokens(self, steps: int) -> int:
         """Return tokens that a round verifies for a request, its last one included."""

@@ -17,9 +17,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from smart_decoding.core.lengths import DraftLengths, StepSeconds
 from smart_decoding.integrations.vllm.graphs import CapturedLengths, captured_lengths
-from smart_decoding.integrations.vllm.lengths import DraftLengths, Step
-from smart_decoding.integrations.vllm.metrics import serve_metrics
+from smart_decoding.integrations.vllm.metrics import Counters, Step, serve_metrics
 from smart_decoding.integrations.vllm.options import (
     read_options,
     reason_for_stock,
@@ -41,7 +41,9 @@ class Controller:
     def __init__(self, captured: CapturedLengths, exploration_budget: float) -> None:
         self.captured = captured
         lengths = captured.lengths
-        self.policy = DraftLengths(lengths[-1], lengths[0], exploration_budget)
+        seconds = StepSeconds(lengths[0])
+        self.policy = DraftLengths(lengths[-1], seconds, exploration_budget)
+        self.counters = Counters()
         self._drafting = (0, False)  # K of the step scheduled last, and whether it explores
         # By the identity of the step's SchedulerOutput.
         self._under_way: dict[int, tuple[Step, float]] = {}
@@ -51,7 +53,7 @@ class Controller:
         """Return K of the step that is being scheduled."""
         start = time.perf_counter()
         length = self.policy.choose(batch, self.captured.of(batch))
-        self.policy.counters.seconds += time.perf_counter() - start
+        self.counters.seconds += time.perf_counter() - start
         return length
 
     def scheduled(self, output: SchedulerOutput, start: float) -> None:
@@ -84,8 +86,11 @@ class Controller:
         now = time.perf_counter()
         since = self._done if start - self._done < SHORT_GAP else start
         self._done = now
-        self.policy.observe(step, now - since if since > 0 else None)
-        self.policy.counters.seconds += time.perf_counter() - now
+        self.counters.add(step)
+        usable = step.clean and step.length == step.drafts and since > 0
+        seconds = now - since if usable else None
+        self.policy.observe(step.batch, step.length, step.accepted, seconds, step.exploring)
+        self.counters.seconds += time.perf_counter() - now
 
 
 class _Smart:
@@ -150,7 +155,7 @@ class _Smart:
     def shutdown(self) -> None:
         """Log a last line of figures, then shut down as vLLM does."""
         if self.controller is not None:
-            logger.info("SMART: %s", self.controller.policy.counters)
+            logger.info("SMART: %s", self.controller.counters)
         super().shutdown()  # type: ignore[misc]
 
 
@@ -167,6 +172,6 @@ class SmartAsyncScheduler(_Smart, AsyncScheduler):  # type: ignore[misc]
 def _serve(controller: Controller, port: int) -> None:
     """Serve metrics, unless another engine on this machine has the port, such as another rank."""
     try:
-        serve_metrics(controller.policy.counters, port)
+        serve_metrics(controller.counters, port)
     except OSError as error:
         logger.warning("SMART's metrics are not served on port %d: %s", port, error)
