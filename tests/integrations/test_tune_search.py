@@ -16,7 +16,7 @@ import pytest
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.tuning import busy, report, sglang, verdicts, vllm
 from smart_decoding.integrations.tuning.found import Found, LoadResult
-from smart_decoding.integrations.tuning.search import JUDGED, RACES, Prompts, Search
+from smart_decoding.integrations.tuning.search import JUDGED, RACES, Prompts, Search, Tell
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
 from smart_decoding.measuring.resume import Progress
 from smart_decoding.measuring.statistics import Ratio
@@ -118,9 +118,14 @@ class Running:
         return Trial(TOKENS, seconds, drafted, drafted // 2)
 
 
-def search(engine: RuleEngine, progress: Progress | None = None, stop: float = 1e18) -> Search:
+def search(
+    engine: RuleEngine,
+    progress: Progress | None = None,
+    stop: float = 1e18,
+    tell: Tell = lambda line, done: None,
+) -> Search:
     progress = progress or Progress(None, {})
-    return Search(engine, Prompts(TEXTS), progress, stop, clock=lambda: engine.now)
+    return Search(engine, Prompts(TEXTS), progress, stop, tell, lambda: engine.now)
 
 
 # Twelve ways of drafting and nine options of plain decoding, as llama.cpp has.
@@ -511,3 +516,14 @@ def test_where_nothing_pays_it_says_why() -> None:
         "accepted: 2.00 tokens for the time of 1.60 plain ones. To draft and verify a token costs "
         "0.15 of a plain round."
     )
+
+
+def test_the_share_that_is_done_grows_within_the_only_group() -> None:
+    engine = RuleEngine({"7": 1.3}, MANY)
+    done: list[float] = []
+    searching = search(engine, stop=2000.0, tell=lambda line, share: done.append(share))
+    searching.run([1])
+    assert done == sorted(done)
+    assert done[0] == 0.0
+    assert 0.1 < done[-2] < 1.0
+    assert done[-1] == 1.0

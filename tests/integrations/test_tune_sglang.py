@@ -59,6 +59,7 @@ def test_tiers_and_costs_are_written(
     assert start.startswith(f"SMART_SGLANG_COSTS={tmp_path}/costs.json python -m sglang.launch")
     assert "--speculative-algorithm EAGLE3 --speculative-draft-model-path head" in start
     assert "--speculative-num-steps 3 --speculative-num-draft-tokens 4" in start
+    assert "--page-size" not in start
     assert start.endswith(
         f"--speculative-adaptive --speculative-adaptive-config {tmp_path}/costs.steps.json"
     )
@@ -78,6 +79,7 @@ def test_trees_have_nodes(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "drafts of 3 steps, 6 nodes" in shown or "of 1 step, 2 nodes" in shown
     assert "--speculative-num-steps 3 --speculative-num-draft-tokens 7" in shown
+    assert "--page-size 1 " in shown.splitlines()[-1]
 
 
 def test_where_nothing_pays_nothing_is_written(

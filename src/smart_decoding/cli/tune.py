@@ -245,19 +245,19 @@ def _choices(args: argparse.Namespace, search: Search) -> list[LoadResult]:
 
 @contextmanager
 def _bar(limit: float) -> Iterator[Any]:
-    """Yield a function that takes a line on what is measured, and the share of the work that it
-    ended. Off a terminal the lines of races are printed."""
+    """Yield a function that takes a line on what is measured, and the share of all work that is
+    done. Off a terminal it prints the line."""
     if not on_terminal():
-        yield lambda line, share: None if share else print(f"smart: {line}", file=sys.stderr)
+        yield lambda line, done: print(f"smart: {line}", file=sys.stderr) if line else None
         return
     started = time.monotonic()
     shown = "{percentage:3.0f}%|{bar:20}| {postfix}"
     with tqdm(total=1.0, bar_format=shown, leave=False, mininterval=0.0) as bar:
 
-        def tell(line: str, share: float) -> None:
+        def tell(line: str, done: float) -> None:
             spent = time.monotonic() - started
-            bar.n = min(1.0, bar.n + share)
-            left = min(limit - spent, spent / bar.n * (1.0 - bar.n) if bar.n else limit)
+            bar.n = done
+            left = min(limit - spent, spent / done * (1.0 - done) if done else limit)
             minutes, seconds = divmod(max(0, int(left)), 60)
             bar.set_postfix_str(f"{minutes}:{seconds:02} left at most, {line}"[:110])
 

@@ -28,7 +28,7 @@ NEAR = 0.95  # times as fast as the base, in one block: what has less gets no ve
 OF_PLAIN = 1 / 3  # share of a load's time for a stage of plain decoding's options
 OF_RACE = 1 / 2  # share of a stage's time for its race
 
-Tell = Callable[[str, float], object]  # a line on what is done, and the share of all that is done
+Tell = Callable[[str, float], object]  # a line on what is measured, and the share that is done
 RACES, JUDGED, CHOSEN = "races", "judged", "chosen"  # names of units in the file of --resume
 
 
@@ -58,7 +58,7 @@ class Search:
         prompts: Prompts,
         progress: Progress,
         stop: float = math.inf,
-        tell: Tell = lambda line, share: None,
+        tell: Tell = lambda line, done: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """progress: where trials are kept; stop: when it ends, by `clock`."""
@@ -67,7 +67,7 @@ class Search:
         self._stop, self._clock = stop, clock
         self._took: dict[tuple[int, Setting], float] = {}  # seconds of a block
         self._loading = 0.0  # seconds to start an engine and to end it
-        self._done = 0.0  # share of all work
+        self._group_time = (0, 1, 0.0, math.inf)  # which group, of how many, from when to when
         self._chosen = {(u["load"], u["stage"]): u["setting"] for u in progress.units(CHOSEN)}
         for use in (RACES, JUDGED):
             for unit in progress.units(use):
@@ -79,9 +79,10 @@ class Search:
         groups = self._engine.groups(loads)
         for at, group in enumerate(groups):
             now = self._clock()
-            self._group(group, now + (self._stop - now) / (len(groups) - at))
-            self._tell("", (at + 1) / len(groups) - self._done)
-            self._done = (at + 1) / len(groups)
+            stop = now + (self._stop - now) / (len(groups) - at)
+            self._group_time = at, len(groups), now, stop
+            self._group(group, stop)
+        self._tell("", 1.0)
         return self.found
 
     def _group(self, loads: Sequence[int], stop: float) -> None:
@@ -329,7 +330,14 @@ class Search:
         return now + max(0.0, stop - now) * share if share < 1.0 else stop
 
     def _say(self, loads: Mapping[int, object], line: str) -> None:
-        self._tell(f"{_requests(loads)}, {line}", 0.0)
+        self._tell(f"{_requests(loads)}, {line}", self._done())
+
+    def _done(self) -> float:
+        """Return the share of all groups that is done: of the one under way by its time, as nobody
+        knows how many blocks it needs."""
+        at, groups, began, stop = self._group_time
+        part = (self._clock() - began) / (stop - began) if stop > began else 0.0
+        return (at + min(part, 1.0)) / groups
 
 
 def setting_of(kept: Mapping[str, Any]) -> Setting:

@@ -56,6 +56,9 @@ class Sglang:
             )
         self._model, self._drafter, self._more = model, tuple(drafter), tuple(more)
         self._tiers, self._tokens = dict(sorted(tiers.items())), tokens
+        self._trees = any(steps != nodes for steps, nodes in tiers.items())
+        if self._trees and "--page-size" not in self._more:
+            self._drafter += ("--page-size", "1")  # larger pages reserve for one tier only
         self.warnings: list[str] = []
 
     def groups(self, loads: Sequence[int]) -> list[tuple[int, ...]]:
@@ -116,8 +119,7 @@ class Sglang:
             }
             for choice in choices
         }
-        trees = any(steps != nodes for steps, nodes in self._tiers.items())
-        write_costs(output, table, self._tiers if trees else {})
+        write_costs(output, table, self._tiers if self._trees else {})
         tiers = {
             str(choice.load): {
                 "candidate_steps": [
