@@ -81,7 +81,7 @@ def matrix_bytes(llm: LLM) -> int:
     decoder = llm.target.decoder
     assert decoder.model is not None
     layers, *_ = decoder.model._alive
-    kept = (*layers._keep, decoder.head)
+    kept = (*layers._alive, decoder.head)
     return sum(each.nbytes for each in kept if isinstance(each, PackedWeight))
 
 

@@ -11,7 +11,6 @@ the answers; its parent sends how the child has ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -184,6 +183,8 @@ def _fork_all(tasks: Tasks, control: socket.socket) -> None:
 
 def _do_all(tasks: Tasks, connection: socket.socket) -> None:
     """Do one task after another within its limits, and send the answers."""
+    import fcntl  # Windows, which has no such processes, imports this module, too
+
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
     with connection.makefile("rb") as stream:
         while len(limits := stream.read(LIMITS.size)) == LIMITS.size:
