@@ -460,6 +460,27 @@ def test_a_gguf_header_of_too_many_values_is_refused(
             assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
 
 
+@pytest.mark.parametrize("order", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
+def test_headers_of_both_byte_orders_are_read(order: gguf.GGUFEndian, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=order)
+    writer.add_block_count(7)
+    writer.add_array("scores", [1.5, -2.0])
+    writer.add_array("flags", [True, False])
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("one", np.ones((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, tensors = read_gguf(path)
+    assert metadata["llama.block_count"] == 7
+    assert metadata["scores"] == [1.5, -2.0]
+    assert metadata["flags"] == [True, False]
+    assert metadata["tokenizer.ggml.tokens"] == ["a", "b"]
+    assert tensors["one"][1:3] == ("F32", (2, 3))
+
+
 PADDING = bytes(32)  # up to where the tensors would begin
 
 
