@@ -386,18 +386,6 @@ def test_many_choices_are_one_terminal() -> None:
     assert not one.accepts(ids("afod"))
 
 
-def test_a_grammar_that_is_held_is_found_again() -> None:
-    """However many others come between: the engine must not compile it in a round's time."""
-    make = grammars()
-    many = [StructuredOutputsParams(regex=f"a{{{i}}}") for i in range(1, 40)]
-    held = make.compiled(many[0])
-    for each in many:
-        make(each)
-    assert make.known(many[0]) is held
-    assert make.known(many[1]) is None
-    assert make.known(many[-1]) is not None
-
-
 def test_pruning_takes_what_is_below_a_forbidden_node() -> None:
     trees = DraftTrees.empty(2)
     trees.append([0, 0, 1], ids("abz"), [ROOT, ROOT, ROOT], [0.5, 0.3, 0.5])
