@@ -203,12 +203,6 @@ def test_a_drafter_gone_bad_is_noticed_within_rounds_and_so_is_its_recovery() ->
     assert rounds_until(True, lambda p: p > 0.45) <= 40
 
 
-def test_unknown_confidence_scores_as_none() -> None:
-    trees = DraftTrees.empty(1)
-    trees.append([0, 0], [1, 2], [-1, -1], [np.nan, 0.5])
-    assert Calibration().score(trees, GREEDY)[0] < 0.02
-
-
 def test_what_one_kind_of_request_reveals_is_no_change_of_the_drafter() -> None:
     """Grammars under which hardly a proposal is accepted."""
     rng = np.random.default_rng(5)

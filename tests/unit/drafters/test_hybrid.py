@@ -336,20 +336,6 @@ def test_snapshots_go_with_their_pages() -> None:
         made.check_integrity()
 
 
-def test_several_answers_to_a_prompt_have_a_state_each() -> None:
-    prompt = many(3)[2]
-    params = SamplingParams(temperature=0.8, seed=2, max_tokens=TOKENS, ignore_eos=True, n=3)
-    made = engine("eagle2")
-    requests = made.add_request("several", prompt, params)
-    finish(made)
-    assert requests[0].output == plain(0.8)[2]
-    assert len({tuple(request.output) for request in requests}) == 3
-    again = engine("off")
-    other = again.add_request("several", prompt, params)
-    finish(again)
-    assert [r.output for r in requests] == [r.output for r in other]
-
-
 def test_long_paths_are_accepted_at_once() -> None:
     """On the kernels accepted rows wait for the next forward, in room that grows with them."""
     truth = plain(0.0)

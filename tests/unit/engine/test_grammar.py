@@ -362,13 +362,12 @@ def test_an_answer_that_ends_before_its_grammars_error_has_none() -> None:
     assert outgrown("off", max_tokens=len(text)) == (text, "length", "None")
 
 
-@pytest.mark.parametrize("policy", ["static", "eagle2"])
 def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = outgrown("off")[0]
     for end in ({}, {"stop": text[-4:-1]}, {"stop": text[-3:]}, {"max_tokens": len(text)}):
-        assert outgrown(policy, **end) == outgrown("off", **end)
+        assert outgrown("static", **end) == outgrown("off", **end)
         with monkeypatch.context() as patch:
             patch.setattr(models_grammars, "EXPENSIVE", -1.0)
             assert outgrown.__wrapped__("off", **end) == outgrown("off", **end)
