@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,6 +133,23 @@ def test_graphs_compute_the_same(name: str) -> None:
             assert replays.count - before == 1
 
 
+def test_products_see_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder("llama", False)
+    with_graphs(model)
+    sizes = set()
+    linear = torch.nn.functional.linear
+
+    def counting(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(x))
+        return linear(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    rows = plain_rows(span(TOKENS[:11], 0, Memory(1).pages(11)))
+    rows.logit_rows = np.array([3])
+    model.forward(rows)
+    assert sizes == {16, 1}  # the last: the output matrix
+
+
 @pytest.mark.parametrize("many", ["rows", "pages"])
 def test_what_no_buffer_has_room_for_is_run_eagerly(
     many: str, monkeypatch: pytest.MonkeyPatch
@@ -171,3 +190,22 @@ def test_split_sums_stay_in_float32() -> None:
     matmul.allow_bf16_reduced_precision_reduction = True
     decoder("llama", False)
     assert not matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_a_layers_parts_go_when_they_are_joined() -> None:
+    """No two layers' parts are in memory at a time, beside their copies."""
+    weights = [layer.weights for layer in decoder("llama", False)._layers.each]
+    parts: list[weakref.ref[Tensor]] = []
+
+    def loading() -> Iterator[LayerWeights]:
+        for w in weights:
+            assert all(part() is None for part in parts)
+            (network,) = w.networks
+            network = replace(network, gate=network.gate.clone(), up=network.up.clone())
+            w = replace(w, qkv=[w.qkv[0].clone()], networks=[network])
+            parts.extend(map(weakref.ref, (*w.qkv, network.gate, network.up)))
+            yield w
+            del w
+
+    TorchLayers(loading(), TorchOps())
+    assert len(parts) == 3 * len(weights)

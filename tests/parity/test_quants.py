@@ -12,6 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from smart_decoding.kernels import library, ops, weights
 from smart_decoding.kernels.weights import (
+    PackedWeight,
     QuantizedTensor,
     as_tensor,
     interleaved,
@@ -21,6 +22,7 @@ from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.families.layer import Experts, FeedForward, LinearAttention
+from smart_decoding.models.torch.layers import LayerWeights, NativeLayers, NetworkWeights
 
 from .checkpoints import PAGES, Memory, plain_rows, span
 from .kernel_calls import linear
@@ -98,6 +100,42 @@ def test_gate_and_up_alternate(n: int) -> None:
     expected = torch.cat([as_tensor(gate), as_tensor(up), zero])[torch.from_numpy(order)]
     assert_same(pack([gate, up], order=order), expected)
     assert_same(pack([as_tensor(gate), as_tensor(up)], order=order), expected)
+
+
+def test_a_forward_reads_no_more_than_the_file_holds() -> None:
+    """Counted for Qwen2.5-Coder-1.5B in Q4_K_M: 28 layers, half of which have two matrices in Q6_K.
+    Of the embeddings a forward reads a row a token."""
+    ffn, hidden, vocab = 8960, 1536, 151_936
+    arena = weights.Arena(0)
+    vectors = {name: torch.ones(hidden) for name in ("input_norm", "post_norm")}
+    read = held = 4 * hidden  # the last norm
+    for finer in ("Q4_K", "Q6_K"):
+        qkv = [zeros("Q4_K", hidden, hidden), zeros("Q4_K", 256, hidden), zeros(finer, 256, hidden)]
+        rest = {name: zeros("Q4_K", ffn, hidden) for name in ("gate", "up")}
+        rest["output"] = zeros("Q4_K", hidden, hidden)
+        rest["down"] = zeros(finer, hidden, ffn)
+        bias = torch.zeros(hidden + 512)
+        networks = [NetworkWeights(*(rest[name] for name in ("gate", "up", "down")))]
+        parts = {"qkv": qkv, "qkv_bias": bias, "output": rest["output"], "networks": networks}
+        layer = LayerWeights(12, 2, 128, 1e-6, **parts, **vectors)
+        packed = NativeLayers([layer], arena)._alive
+        both = 4 * (2 * hidden + len(bias))
+        read += 14 * (both + sum(each.nbytes for each in packed if isinstance(each, PackedWeight)))
+        held += 14 * (both + sum(each.rows.nbytes for each in (*qkv, *rest.values())))
+    output = zeros("Q6_K", vocab, hidden)
+    read += pack([output], arena).nbytes
+    held += output.rows.nbytes
+    embeddings = zeros("Q4_K", vocab, hidden).rows.nbytes
+    assert held + embeddings == 1_111_370_240  # all tensors of the file
+    print(f"{read:,} bytes a forward, {read / held:.3f} of its tensors, embeddings aside")
+    assert read < 1.03 * held
+
+
+def zeros(kind: str, n: int, k: int) -> QuantizedTensor:
+    """A row of zeros, n times, in the memory of one: only sizes are looked at."""
+    size, count = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    row = np.zeros((1, k // size * count), np.uint8)
+    return QuantizedTensor(np.broadcast_to(row, (n, row.shape[1])), kind, k)
 
 
 def test_some_rows_of_quants() -> None:

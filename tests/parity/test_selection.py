@@ -158,6 +158,20 @@ def test_the_same_nodes_are_selected_and_expanded(
     assert other.take(kept).batch == batch  # prefix-closed
 
 
+def test_the_random_rules_do_something() -> None:
+    """Every part expands and keeps some nodes and leaves others: the test above tests something."""
+    for expand, keep in zip(EXPANDS, KEEPS, strict=True):
+        found = set()
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            trees = random_trees(rng, 3, 2, ties=False)
+            rule = random_rule(rng, trees, expand, keep)
+            first = len(rule.expandable(trees, 1))
+            found.add(("expanded", 0 < len(rule.frontier(trees, 1)) < first))
+            found.add(("kept", 0 < len(rule.select(trees)) < len(trees)))
+        assert found >= {("expanded", True), ("kept", True)}, (expand, keep)
+
+
 def test_a_drafter_that_the_calibration_has_not_seen_gets_room() -> None:
     trees = random_trees(np.random.default_rng(0), 2, 1, ties=False)
     trees.source[:] = 5

@@ -13,6 +13,7 @@ from smart_decoding.core.calibration import (
     KINDS,
     Calibration,
     default_prior,
+    path_products,
 )
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
@@ -116,6 +117,23 @@ def test_siblings_sum_to_at_most_one_and_paths_never_grow(seed: int) -> None:
     np.testing.assert_allclose(trees.accept_prob, above * conditional, rtol=1e-12)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_path_products_equal_the_walk_up(seed: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    parent = []
+    depth = []
+    for node in range(40):
+        options = [-1] + [i for i in range(node) if depth[i] < levels]
+        parent.append(int(rng.choice(options)))
+        depth.append(1 if parent[-1] < 0 else depth[parent[-1]] + 1)
+    factor = rng.random(40)
+    expected = []
+    for node in range(40):
+        expected.append(factor[node] * (1.0 if parent[node] < 0 else expected[parent[node]]))
+    np.testing.assert_allclose(path_products(np.array(parent), factor, max(depth)), expected)
+
+
 def test_monotone_in_confidence_whatever_was_observed() -> None:
     rng = np.random.default_rng(1)
     calibration = Calibration()
@@ -201,6 +219,12 @@ def test_a_drafter_gone_bad_is_noticed_within_rounds_and_so_is_its_recovery() ->
     assert rounds_until(False, lambda p: p < 0.2) <= 15
     rounds_until(False, None)
     assert rounds_until(True, lambda p: p > 0.45) <= 40
+
+
+def test_unknown_confidence_scores_as_none() -> None:
+    trees = DraftTrees.empty(1)
+    trees.append([0, 0], [1, 2], [-1, -1], [np.nan, 0.5])
+    assert Calibration().score(trees, GREEDY)[0] < 0.02
 
 
 def test_what_one_kind_of_request_reveals_is_no_change_of_the_drafter() -> None:

@@ -69,10 +69,22 @@ class World:
             length, exploring = drafts, explores
         return tokens / seconds
 
+    def expected_rate(self) -> float:
+        """Tokens per second to expect at the lengths that were drafted."""
+        tokens = seconds = 0.0
+        hits = 1.0 if self.model else self.hits
+        for length, steps in self.drafted.items():
+            levels = np.arange(1, length + 1)
+            right = hits * sum(float((p**levels).sum()) for p in self.accept)
+            tokens += steps * (len(self.accept) + right)
+            rows = hits * length * len(self.accept)
+            seconds += steps * self.cost(len(self.accept), rows, length if self.model else 0)
+        return tokens / seconds
+
 
 @pytest.mark.parametrize("cost", [cpu, gpu])
 @pytest.mark.parametrize("accept", [0.05, 0.4, 0.9])
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
 @pytest.mark.parametrize("model", [True, False])
 def test_it_comes_near_the_best_fixed_length(
     cost: Cost, accept: float, batch: int, model: bool
@@ -227,6 +239,14 @@ def test_absurd_times_teach_nothing(seconds: float) -> None:
     assert (costs.predict(2, 0), costs.predict(2, 4)) == before
 
 
+def test_one_odd_step_moves_little() -> None:
+    costs = StepSeconds(0)
+    for _ in range(50):
+        costs.observe(2, 0, 0.01)
+    costs.observe(2, 0, 10.0)
+    assert costs.predict(2, 0) < 0.0105
+
+
 def test_a_slow_start_is_forgotten() -> None:
     """The first steps with drafts compile and allocate: ten times too slow, they must not keep
     drafting off."""
@@ -250,3 +270,30 @@ def test_given_seconds_are_those_of_the_table() -> None:
     assert 2.0 < costs.predict(2, 1) < 3.0
     assert costs.predict(64, 2) == pytest.approx(4.0)
     assert costs.predict(1, 4) == pytest.approx(5.0)  # not free beyond the table
+
+
+def test_where_seconds_are_given_only_longer_drafts_are_explored() -> None:
+    costs = StepSeconds.from_table({1: Curve((0, 4), (0.01, 0.02))}, 4)
+    assert costs.least_known(1, 1, LENGTHS) == 2
+    assert costs.least_known(1, 4, LENGTHS) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "accept", "cost", "model", "rate"),
+    [
+        (1, 0.8, cpu, True, 166.0),
+        (4, 0.6, cpu, False, 424.7),
+        (8, 0.9, cpu, False, 757.8),
+        (16, 0.4, gpu, True, 2061.5),
+        (32, 0.7, gpu, False, 4713.5),
+        (64, 0.95, gpu, True, 6276.8),
+        (64, 0.3, cpu, True, 1048.2),
+    ],
+)
+def test_chosen_lengths_bring_as_many_tokens_per_second_as_they_did(
+    batch: int, accept: float, cost: Cost, model: bool, rate: float
+) -> None:
+    """Of a fixed set of simulated steps; a better choice raises the figures."""
+    world = World([accept] * batch, cost, model, 0.7)
+    world.run(600, DraftLengths(4))
+    assert world.expected_rate() > 0.99 * rate

@@ -5,14 +5,19 @@ from collections.abc import Sequence
 import pytest
 
 from smart_decoding.core.policies import POLICIES
+from smart_decoding.engine import engine as engine_module
 from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.engine_thread import EngineLoop
+from smart_decoding.engine.inbox import Inbox
+from smart_decoding.engine.jobs import Ask, Job
+from smart_decoding.engine.observers import Observers
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.training.generate import Recorder
 
-from .fakes import VOCAB, alone, finish, make_engine
+from .fakes import VOCAB, FakeDrafter, alone, finish, make_engine
 
 
 def greedy(max_tokens: int | None = 10, **more) -> SamplingParams:
@@ -25,6 +30,24 @@ def add(engine: Engine, name: str, prompt: list[int], params: SamplingParams) ->
 
 
 # --- scheduling
+
+
+def test_first_come_first_served() -> None:
+    engine = make_engine(max_num_seqs=2)
+    requests = [add(engine, str(i), [i + 1] * 3, greedy(5)) for i in range(5)]
+    first_step: dict[str, int] = {}
+    for step in range(100):
+        for request in engine.step():
+            first_step.setdefault(request.id, step)
+        assert len(engine.scheduler.running) <= 2
+    assert [r.id for r in sorted(requests, key=lambda r: first_step[r.id])] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
+    assert first_step["0"] == first_step["1"] < first_step["2"] == first_step["3"] < first_step["4"]
 
 
 def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
@@ -144,6 +167,53 @@ def test_drafting_goes_on_where_nobody_could_begin() -> None:
     assert len(engine.last_round.round.trees)
 
 
+@pytest.mark.parametrize("length", range(14, 20))
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_prompts_around_a_chunks_length(length: int, chunk: int) -> None:
+    prompt = [i % VOCAB for i in range(length)]
+    engine = make_engine("static", max_num_batched_tokens=chunk)
+    request = add(engine, "x", prompt, greedy())
+    while not request.output:
+        engine.step()
+    assert (
+        request.metrics.rounds == 0
+    )  # a prompt's rounds are not its answer's, however few rows were left
+    finish(engine)
+    assert request.output == alone(prompt, greedy())[0].output
+
+
+def test_prompts_spare_the_last_layer_while_the_model_rarely_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeDrafter, "aux_layers", (1, 3))
+    monkeypatch.setattr(FakeDrafter, "resting_layers", (1, 2))
+    monkeypatch.setattr(engine_module, "RECENT", 32)
+    engine = make_engine("smart", drafter={})
+    plan, read = engine.policy.plan, []
+    forward = engine.target.forward
+    engine.target.forward = lambda rows, layers: read.append(layers) or forward(rows, layers)
+    engine.policy.plan = lambda batch: None
+    add(engine, "first", [1, 2, 3], greedy(64))
+    finish(engine)
+    assert set(read) == {(1, 3)}  # rounds of answers always have all
+    read.clear()
+    add(engine, "second", [4, 5, 6], greedy(1))
+    finish(engine)
+    assert read == [(1, 2)]
+    engine.policy.plan = plan
+    add(engine, "third", [7, 8, 9], greedy(6))
+    finish(engine)
+    read.clear()
+    add(engine, "fourth", [8, 8, 9], greedy(60))
+    engine.step()
+    assert read == [(1, 2)]  # few drafts are no reason to read all again
+    finish(engine)
+    read.clear()
+    add(engine, "fifth", [1, 5, 9], greedy(1))
+    finish(engine)
+    assert read == [(1, 3)]
+
+
 @pytest.mark.parametrize("stop", [None, 3])
 def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -> None:
     """Of all tokens but the last, which no round reads: so that a draft head learns what an answer
@@ -231,6 +301,16 @@ def test_a_conversation_goes_on_from_any_answer_of_a_prompt() -> None:
         finish(engine)
         assert following.metrics.cached_tokens == 64
         assert following.output == alone([*answer.tokens, 7], greedy(3))[0].output
+
+
+def test_a_conversation_goes_on_from_its_cached_answer() -> None:
+    engine = make_engine("eagle2")
+    first = add(engine, "a", [1, 2, 3], greedy(40))
+    finish(engine)
+    second = add(engine, "b", [*first.tokens, 7, 8], greedy(30))
+    finish(engine)
+    assert second.metrics.cached_tokens == 32
+    assert second.output == alone([*first.tokens, 7, 8], greedy(30))[0].output
 
 
 # --- lifetime
@@ -376,3 +456,15 @@ def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:
         engine.listen(engine.drafter)
     finish(engine)
     engine.listen(engine.drafter)
+
+
+def test_who_ended_before_it_began_waits_no_more() -> None:
+    rounds = EngineLoop(Inbox(), Observers(), [])
+    engine = make_engine(max_num_seqs=1)
+    jobs = [Job(name, engine, [Ask([1, 2], greedy())]) for name in ("a", "b", "c")]
+    for job in jobs:
+        rounds._add(job)
+    engine.step()
+    engine.abort("c-0")
+    rounds._drop_overdue()
+    assert rounds._waiting == [jobs[1]]

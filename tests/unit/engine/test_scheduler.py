@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from smart_decoding.engine.fairness import VirtualTokenCounter
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 
@@ -210,6 +211,24 @@ def test_no_order_and_no_lack_of_memory_changes_an_answer(pages: int) -> None:
         assert request.output == alone(request.prompt, request.params)[0].output
 
 
+def test_a_round_does_not_look_at_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_num_seqs=1)
+    add(engine, "many", 50)
+    add(engine, "few", 1)
+    counts: list[int] = []
+    select = VirtualTokenCounter.select
+
+    def counting(counter: VirtualTokenCounter, waiting: Any) -> str:
+        clients = list(waiting)
+        counts.append(len(clients))
+        return select(counter, clients)
+
+    monkeypatch.setattr(VirtualTokenCounter, "select", counting)
+    step(engine, 30)
+    assert max(counts) == 2
+    assert len(engine.scheduler.waiting) == len(list(engine.scheduler.waiting)) == 49
+
+
 class Grammar:
     """One that forbids the end."""
 
@@ -323,6 +342,16 @@ def test_expensive_grammars_do_not_keep_all_slots() -> None:
         assert rounds < 60
 
 
+def test_a_clients_grammars_are_computed_in_background_until_one_is_cheap() -> None:
+    engine = make_engine(constrain=lambda params: Grammar())
+    for expensive, known in ((True, False), (True, True), (False, True), (False, False)):
+        (request,) = add_slow(engine, 1, 3)
+        engine.step()
+        assert request.constraint.in_background == known
+        request.constraint.expensive = expensive
+        finish(engine)
+
+
 def test_a_client_gets_no_credit_for_the_time_that_its_mask_takes() -> None:
     """Its prompts wait behind a request whose mask is not there."""
     SlowGrammar.free = 0.0
@@ -348,3 +377,28 @@ def test_a_client_gets_no_credit_for_the_time_that_its_mask_takes() -> None:
     assert rounds <= 3
     assert ledger.rows["slow"] <= 48
     finish(engine)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_running_request_without_its_mask_is_charged_a_row_a_round(late: bool) -> None:
+    """And no other one, such as a prompt whose turn has not come."""
+    SlowGrammar.free = 0.0
+    engine = make_engine(
+        max_num_batched_tokens=16,
+        prefix_caching=False,
+        constrain=lambda params: SlowGrammar(engine, 1.0 if late else 1000.0),
+    )
+    (slow,) = add_slow(engine, 1, 60)
+    engine.target.clock.now = SlowGrammar.free
+    while not slow.output:
+        engine.step()
+    add(engine, "f", 1, length=300)
+    add(engine, "g", 1, length=300)
+    served = engine.scheduler._counter.served
+    step(engine, 2)
+    ledger = Ledger(engine)
+    before = {client: served(client) for client in ("slow", "f", "g")}
+    for _ in range(10):
+        engine.step()
+    charged = {client: served(client) - before[client] for client in before}
+    assert charged == {**ledger.rows, "slow": 10}

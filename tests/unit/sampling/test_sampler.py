@@ -148,6 +148,14 @@ def test_draws_follow_transformers_processed_softmax(name):
     assert chi_square(np.array(tokens), softmax(transformers_scores(logits, params))) > 1e-3
 
 
+def test_the_chi_square_would_notice_another_distribution():
+    row = small_logits().numpy()
+    tokens = np.array(
+        [draw(row, SampleSpec(SamplingParams(temperature=0.8), seed=seed)) for seed in range(SEEDS)]
+    )
+    assert chi_square(tokens, softmax(row / 0.8)) > 1e-3 > chi_square(tokens, softmax(row / 0.9))
+
+
 def survivors(row: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
     what is drawn from, which drawing itself never lists."""
@@ -285,6 +293,12 @@ def test_ties_go_to_the_lowest_id(dtype):
     assert Sampler().sample(logits, [0, 1, 2], specs).tolist() == [17, 4998, 0]
 
 
+def test_tokens_that_tie_at_the_boundary_all_survive():
+    row = np.array([3, 1, 1, 2, 1, 0], np.float32)
+    assert survivors(row, SamplingParams(top_k=3)).tolist() == [0, 1, 2, 3, 4]
+    assert survivors(row, SamplingParams(top_p=0.87)).tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("change", [{"position": 1}, {"sample": 1}, {"seed": 1}])
 def test_draws_of_two_rows_are_independent_and_differ(change):
     row = np.array([1, 0.5, 0, -0.5], np.float32)
@@ -297,6 +311,12 @@ def test_draws_of_two_rows_are_independent_and_differ(change):
     second = np.array([draw(row, SampleSpec(params, **m)) for m in moved])
     joint = np.outer(softmax(row), softmax(row)).ravel()
     assert chi_square(first * 4 + second, joint) > 1e-3
+
+
+def test_the_same_key_draws_the_same_token():
+    row = small_logits().numpy()
+    spec = SampleSpec(SamplingParams(), seed=9, sample=2, position=77)
+    assert len({draw(row, spec) for _ in range(5)}) == 1
 
 
 def test_nearby_logits_draw_the_same_token_almost_always():
@@ -316,6 +336,11 @@ def test_logits_without_a_finite_maximum_are_refused(bad, options):
     logits[1] = bad
     with pytest.raises(ModelError, match="NaN or infinite"):
         Sampler().sample(logits, [0, 1], [SampleSpec(SamplingParams(**options))] * 2)
+
+
+def test_specs_must_match_the_rows():
+    with pytest.raises(ValueError, match="2 rows but 1 specs"):
+        Sampler().sample(torch.zeros(2, VOCAB), [0, 1], [SampleSpec(SamplingParams())])
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, -1])
