@@ -113,3 +113,36 @@ def test_only_visited_rows_are_sampled_level_by_level() -> None:
     assert result.path == [[1, 3], []]
     assert result.root_next.tolist() == [6, 3]
     assert result.next_token.tolist() == [-1, 8, -1, 4, -1]
+
+
+def test_no_nodes_is_plain_decoding() -> None:
+    result = accept(DraftTrees.empty(2), lambda rows: np.array(rows) + 40)
+    assert result.emitted == [[40], [41]]
+
+
+def _probability_of_a(*, drafts_are_sampled: bool) -> float:
+    """Output probability of A where p = q = uniform on {A, B} and a draft B is always pruned before
+    verification."""
+    p = {"A": 0.5, "B": 0.5}
+    total = 0.0
+    for draft, q in {"A": 0.5, "B": 0.5}.items() if drafts_are_sampled else [("A", 1.0)]:
+        pruned = draft == "B"
+        # rejection sampling accepts with min(1, p/q) = 1; a pruned draft leaves a fresh draw from p
+        if drafts_are_sampled:
+            total += q * (p["A"] if pruned else float(draft == "A"))
+        else:  # a point mass: the target's own draw is what is emitted, child or not
+            total += q * p["A"]
+    return total
+
+
+def test_trap_pruning_sampled_drafts_biases_the_output_pruning_point_masses_does_not() -> None:
+    assert _probability_of_a(drafts_are_sampled=True) == 0.75
+    assert _probability_of_a(drafts_are_sampled=False) == 0.5
+    tree = DraftTrees.empty(1)
+    tree.append([0], [0], [-1], [0.5])  # A drafted, B pruned: the reference walk with p uniform
+    emitted = [
+        accept(tree, lambda rows, a=a, b=b: np.array([a, b])[rows]).emitted[0][0]
+        for a in (0, 1)
+        for b in (0, 1)
+    ]
+    assert np.mean(np.array(emitted) == 0) == 0.5

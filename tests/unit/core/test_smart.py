@@ -14,9 +14,9 @@ from simulation import World, full_knowledge, run
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON, Calibration
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import START
+from smart_decoding.core.exploration import OVERDRAFT, START
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.smart import Mode, Shape
+from smart_decoding.core.policies.smart import Mode, Shape, choose
 from smart_decoding.core.tree import DraftTrees
 
 if TYPE_CHECKING:
@@ -30,6 +30,15 @@ HOPELESS = CostModel.from_table(
 )
 DEAR_DRAFTS = CostModel.from_table({1: {1: 20.0, 64: 30.0}}, {1: 40.0, 64: 80.0})
 CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
+
+
+def test_full_knowledge_decodes_plainly_where_the_drafter_is_bad() -> None:
+    turns = World(1, 2, CHEAP_ROWS, good=lambda index: index < 5)
+    best, good = full_knowledge(turns, range(10)), full_knowledge(turns, range(5))
+    plain = run(make_policy("off"), turns, range(5, 10))
+    assert best.tokens == pytest.approx(good.tokens + plain.tokens)
+    assert best.seconds == pytest.approx(good.seconds + plain.seconds)
+    assert best.off == good.off + 5
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,7 @@ def test_a_wrong_cost_table_is_corrected() -> None:
     assert later.rate > 1.4 * run(make_policy("off"), world, range(400, 600)).rate
 
 
-@pytest.mark.parametrize("seed", [5, 7])
+@pytest.mark.parametrize("seed", [5, 6, 7])
 def test_off_soon_when_the_head_goes_bad_and_on_again_when_it_is_good(seed: int) -> None:
     bad_from = 300
     good_again = 800
@@ -176,6 +185,18 @@ def test_plain_rounds_tell_what_the_machine_has_become() -> None:
     for index in range(300):
         policy.observe(plain_round(policy, now, plain if index < 200 else 1.5 * plain))
     assert float(policy.cost.verify_seconds(4, 4, 200)) == pytest.approx(1.5 * plain, rel=0.05)
+
+
+def test_batches_of_different_sizes_are_learned_from_apart() -> None:
+    policy = make_policy("smart", cost=HOPELESS, exploration_budget=0.0)
+    table = {size: float(HOPELESS.verify_seconds(size, size, 200)) for size in (16, 1)}
+    for _ in range(3):
+        for size, plain in table.items():
+            now = World(5, size, HOPELESS).state()
+            for _ in range(30):
+                policy.observe(plain_round(policy, now, plain))
+    for size, plain in table.items():
+        assert float(policy.cost.verify_seconds(size, size, 200)) == pytest.approx(plain, rel=0.02)
 
 
 def test_exploration_keeps_to_its_budget() -> None:
@@ -371,3 +392,53 @@ def test_plain_rounds_that_a_profile_calls_twice_as_slow_are_found_out() -> None
     policy = make_policy("smart", cost=wrong)
     run(policy, world, range(300))
     assert run(policy, world, range(300, 600)).rate > 0.93 * plain.rate
+
+
+def shape_of(size: int, catch_up_rows: int) -> Shape:
+    each = np.full(size, 150)
+    temperature, speculates = np.zeros(size), np.ones(size, bool)
+    batch = BatchState(each, each, temperature, speculates, catch_up_rows=catch_up_rows)
+    return Shape.of(batch, batch.limits)
+
+
+def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None:
+    policy = make_policy("smart", cost=HOPELESS)
+    shape = shape_of(4, 4 * 1000)
+    prediction = policy.predict(shape)
+    exploration = policy.state.exploration
+    assert prediction.prices[Mode.MODEL] > OVERDRAFT
+    for _ in range(HORIZON):
+        exploration.observe_best(4)
+    assert exploration.wait(4) == 0
+    assert choose(prediction, policy.state, shape).mode is Mode.PLAIN
+    while exploration.wait(4, prediction.prices[Mode.MODEL]) > 0:
+        exploration.observe_best(4)
+    assert choose(prediction, policy.state, shape).mode is Mode.MODEL
+
+
+def test_a_batch_may_not_spend_before_it_has_earned() -> None:
+    for size, chosen in ((1, Mode.MODEL), (4, Mode.PLAIN)):
+        policy = make_policy("smart", cost=HOPELESS)
+        shape = shape_of(size, 150 * size)
+        prediction = policy.predict(shape)
+        assert OVERDRAFT / 4 + 1 < prediction.prices[Mode.MODEL] < OVERDRAFT
+        for _ in range(HORIZON):
+            policy.state.exploration.observe_best(size)
+        assert choose(prediction, policy.state, shape).mode is chosen
+
+
+def test_choosing_changes_nothing() -> None:
+    policy = make_policy("smart", cost=HOPELESS)
+    shape = shape_of(1, 150)
+    prediction = policy.predict(shape)
+    exploration = policy.state.exploration
+    found = []
+    for _ in range(2 * HORIZON):
+        before = vars(exploration).copy()
+        choices = [choose(prediction, policy.state, shape) for _ in range(2)]
+        assert choices[0] == choices[1]
+        assert vars(exploration) == before
+        found.append(choices[0])
+        exploration.observe_best(1)
+    assert {choice.begins for choice in found} == {False, True}
+    assert max(choice.backoff for choice in found) == HORIZON - 1

@@ -1,26 +1,30 @@
-"""The Virtual Token Counter: no credit for absence, and nothing to gain by new names;
-test_scheduler.py has its bound."""
+"""The Virtual Token Counter: its bound, no credit for absence, and nothing to gain by new names."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smart_decoding.engine.fairness import REMEMBERED, VirtualTokenCounter
+from smart_decoding.engine.fairness import REMEMBERED, ClientQueues, VirtualTokenCounter
 
 L = 8  # tokens of one selection, at most
+M = 24  # tokens charged from one selection of a client to its next one, at most
 Sizes = st.lists(st.integers(1, L), min_size=60, max_size=120)
 
 
 class Serving:
-    """A server of one prompt at a time."""
+    """A server of one prompt at a time. Answers run on beside it, charged in every round."""
 
     def __init__(self) -> None:
         self.counter = VirtualTokenCounter()
         self.queue: list[tuple[str, int]] = []  # client, prompt tokens; first come first
         self.served: Counter[str] = Counter()
+        self.since: Counter[str] = Counter()  # tokens since a client's last selection
 
     def add(self, client: str, size: int) -> None:
         self.counter.arrive([client], {name for name, _ in self.queue})
@@ -30,9 +34,67 @@ class Serving:
         client = self.counter.select([name for name, _ in self.queue])
         place = next(i for i, (name, _) in enumerate(self.queue) if name == client)
         _, size = self.queue.pop(place)
-        self.counter.charge(client, size)
-        self.served[client] += size
+        self.since[client] = 0
+        self.charge(client, size)
         return client
+
+    def charge(self, client: str, tokens: int) -> None:
+        self.counter.charge(client, tokens)
+        self.served[client] += tokens
+        self.since[client] += tokens
+
+    def decode(self, client: str, tokens: int) -> None:
+        """A client's running answers gain tokens, as many as M allows."""
+        self.charge(client, max(0, min(tokens, M - self.since[client])))
+
+
+def backlogged(
+    serving: Serving, names: str, sizes: list[int], between: Callable[[int], None]
+) -> None:
+    """Serves clients that always have something waiting, and checks f and g over all intervals."""
+    differences = [serving.served["f"] - serving.served["g"]]
+    for i, size in enumerate(sizes):
+        for name in names:
+            while sum(client == name for client, _ in serving.queue) < 2:
+                serving.add(name, 1 + (size + ord(name) * i) % L)
+        serving.serve()
+        between(i)
+        differences.append(serving.served["f"] - serving.served["g"])
+    assert max(differences) - min(differences) <= 2 * M
+
+
+@given(Sizes, st.lists(st.tuples(st.sampled_from("fgh"), st.integers(0, M)), min_size=120))
+def test_two_backlogged_clients_are_served_within_the_papers_bound(
+    sizes: list[int], decoded: list[tuple[str, int]]
+) -> None:
+    """f decodes much and g little, or the other way round; h comes beside them."""
+    serving = Serving()
+    for name in "fgh":
+        serving.add(name, 1)
+    backlogged(serving, "fgh", sizes, lambda i: serving.decode(*decoded[i]))
+
+
+@given(Sizes, st.integers(1, 100_000))
+def test_a_client_that_comes_back_gets_no_credit_for_its_absence(
+    sizes: list[int], meanwhile: int
+) -> None:
+    serving = Serving()
+    serving.add("f", 1)
+    serving.serve()
+    serving.add("g", 1)
+    serving.serve()
+    serving.counter.charge("g", meanwhile)
+    for waiting in (True, False):  # g, when f comes back
+        if waiting:
+            serving.add("g", 1)
+        serving.add("f", 1)
+        serving.served.clear()
+        backlogged(serving, "fg", sizes, lambda i: None)
+        while serving.queue:
+            serving.serve()
+        serving.counter.charge("g", meanwhile)
+        serving.add("g", 1)
+        serving.serve()
 
 
 @given(Sizes, st.integers(1, 4), st.sampled_from([10, 1000]))
@@ -107,3 +169,34 @@ def test_a_client_that_waits_is_not_forgotten() -> None:
     everybody = [f"waits {i}" for i in range(2 * REMEMBERED)]
     counter.arrive(everybody, waiting)
     assert counter.select(["waits", *everybody]) == "waits"
+
+
+@dataclass(eq=False)
+class Item:
+    client: str
+
+
+def test_queues_keep_each_clients_order() -> None:
+    a, b, c = Item("x"), Item("x"), Item("y")
+    queues: ClientQueues[Item] = ClientQueues()
+    for item in (b, c):
+        queues.append(item)
+    queues.appendleft(a)
+    assert list(map(id, queues)) == list(map(id, (a, b, c)))
+    assert list(map(id, queues.heads())) == list(map(id, (a, c)))
+    assert queues.head("x") is a
+    assert queues.head("z") is None
+    assert list(queues.clients) == ["x", "y"]
+    queues.remove(c)
+    assert c not in queues
+    assert b in queues
+    with pytest.raises(ValueError, match="not in"):
+        queues.remove(c)
+    assert [queues.popleft("x"), queues.popleft("x")] == [a, b]
+    assert not queues.clients
+    with pytest.raises(KeyError):
+        queues.popleft("x")
+    queues.append(a)
+    queues.clear()
+    assert not queues
+    assert queues.heads() == []
