@@ -183,13 +183,6 @@ def test_a_union_is_replayed_as_it_is_drafted_live(repeated, union, setting):
     assert found.rounds < model_alone.rounds
 
 
-def test_a_union_needs_the_same_prompts(union, free):
-    with pytest.raises(ConfigError, match="same prompts"):
-        union.beside(replace(free, answers=free.answers[::-1]))
-    with pytest.raises(ConfigError, match="same prompts"):
-        free.beside(free)
-
-
 class Watching(Off):
     """Plain decoding that remembers its rounds."""
 
@@ -233,17 +226,6 @@ def test_prompts_take_their_share_of_the_tables_seconds(free):
     assert taken(1.0) - taken(0.75) == pytest.approx(0.25 * ROW * rows)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_n_grams_drawn_once_give_what_the_replay_gives(free, batch):
-    host = HostCosts(0.01, 0.002, 0.03, 0.004)
-    assert free.take([1, 0]).repeated(2).at_context(9).free
-    slow = replay(Eagle2(total_tokens=4), free, COST, batch, host)
-    fast = add_up(Fixed.draw(Eagle2(total_tokens=4), free), free, COST, batch, host)
-    assert fast.seconds == pytest.approx(slow.seconds)
-    fast.seconds, fast.chains = slow.seconds, slow.chains
-    assert fast == slow
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4), (5, 2, 9)])
 def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
@@ -268,17 +250,6 @@ def test_plain_decoding_and_batches(recording):
         replay(Off(), recording, COST, 9)
 
 
-def test_host_and_own_time_count(recording):
-    ticks = iter(range(10**6))
-    base = replay(Off(), recording, COST, 2)
-    more = replay(
-        Off(), recording, COST, 2, HostCosts(0.5, 0.25, 7.0), own_time=lambda: float(next(ticks))
-    )
-    # Two stretches of one tick each: deciding and learning. Nothing is drafted.
-    assert more.own_seconds == 2 * more.rounds
-    assert more.seconds == pytest.approx(base.seconds + (0.5 + 2 * 0.25 + 2.0) * base.rounds)
-
-
 def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(recording):
     cheap = CostModel.from_table({1: {1: 1.0, 400: 1.1}}, {1: 0.01, 400: 0.02})
     expensive = CostModel.from_table({1: {1: 1.0, 2: 9.0, 400: 3000.0}}, {1: 1.0, 400: 9.0})
@@ -288,27 +259,12 @@ def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(record
     assert bad.off > 0.8 * bad.rounds  # what is new is tried
 
 
-def test_what_the_recording_lacks_is_counted(recording):
-    found = replay(make_policy("eagle2", depth=5, top_k=2), recording, COST, 1)
-    assert found.missing > 0
-
-
 def test_settings_are_ranked_by_throughput(recording):
     chosen = [{"depth": d, "top_k": 1, "total_tokens": d + 2} for d in range(3)]
     ranked = Sweep(recording, chosen).rank(COST, 1)
     # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the
     # deepest is best.
     assert [setting["depth"] for setting, _ in ranked] == [2, 1, 0]
-
-
-def test_the_grid_has_at_least_90_distinct_settings():
-    grid = [tuple(s.values()) for s in likelihood_settings()]
-    assert len(grid) == len(set(grid)) >= 90
-
-
-def test_recording_needs_a_drafter():
-    with pytest.raises(ConfigError, match="drafter"):
-        record(worlds.engine(worlds.Clock()), worlds.prompts())
 
 
 def test_tuning_records_once_and_leaves_the_policy_alone():
