@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import worlds
 
+from smart_decoding.bench import cycles
 from smart_decoding.errors import ConfigError
 from smart_decoding.measuring.resume import Progress
-from smart_lab import cycles, resume
-from smart_lab.cycles import measure, rows_of
+from smart_lab import resume
+from smart_lab.cycles import AGAIN, measure, rows_of
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
     KeptMeasurement,
@@ -25,7 +26,7 @@ def engines(clock: worlds.Clock) -> dict[str, Any]:
     drafter = worlds.RuleDrafter(clock, seconds=0.25)
     return {
         "off": worlds.engine(clock),
-        cycles.AGAIN: worlds.engine(clock),
+        AGAIN: worlds.engine(clock),
         "chain": worlds.engine(clock, "chain", drafter, length=2),
     }
 
