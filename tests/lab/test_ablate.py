@@ -1,17 +1,15 @@
 """One command that replays variants over machines, batch sizes and orders."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.policies.base import StatelessPolicy
 from smart_lab.__main__ import LAB
 from smart_lab.ablate import Ablation, Cell, table
-from smart_lab.replay import StepCosts, replay
+from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
 from smart_lab.worlds import WORLDS
@@ -82,40 +80,6 @@ def test_the_command(trace, tmp_path, capsys):
     assert main(["ablate", str(path), "--machines", "nowhere"], LAB) == 2
     assert "no costs of 'nowhere'" in capsys.readouterr().err
     assert main(["ablate", str(path), "cleverer"], LAB) == 2
-
-
-def test_a_row_costs_what_its_own_context_takes(trace):
-    cost = replace(COST, row_token=1e-3)
-    lengths = [100, 2000] * 4
-    answers = [
-        replace(a, prompt_length=n) for a, n in zip(trace.recording.answers, lengths, strict=True)
-    ]
-    mixed = replace(trace.recording, answers=answers)
-    observed = []
-
-    class Watched(StepCosts):
-        def verify(self, rows, context, beyond=0.0, experts=0.0):
-            observed.append((rows, context, beyond))
-            return super().verify(rows, context, beyond)
-
-    class OfTheFirst(StatelessPolicy):
-        """Keeps what was drafted for the first request alone."""
-
-        def select(self, rule, trees):
-            return np.flatnonzero(trees.owner == 0)
-
-        def plan(self, batch):
-            return replace(eagle2.plan(batch), keep=self)
-
-    eagle2 = trace.policy("eagle2", cost, depth=1, top_k=2, total_tokens=2)
-    steps = Watched(cost, 2)
-    replay(OfTheFirst(), mixed, cost, 2, rounds=1, costs=steps)
-    ((rows, context, beyond),) = observed
-    nodes = rows - 2
-    assert context == 1050.0
-    assert nodes > 0
-    assert beyond == nodes * (100 - 1050.0)
-    assert steps.verify(4, context, 500.0) == pytest.approx(steps.verify(4, context) + 0.5)
 
 
 def test_every_world_replays_every_answer_once(trace):

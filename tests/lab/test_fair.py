@@ -9,11 +9,9 @@ import pytest
 from smart_decoding.bench.options import Arm
 from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError
-from smart_decoding.measuring.resume import Progress
 from smart_lab import tuning
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
-from smart_lab.sweep import likelihood_settings
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 from smart_lab.tuning import (
@@ -70,33 +68,3 @@ def test_rivals_are_tuned_on_prompts_that_are_not_measured(monkeypatch: pytest.M
         assert not measured & set(others)
     with pytest.raises(ConfigError, match="no code prompts beyond the first 100"):
         Tuner(cast("Any", None), replace(options, limit=100))._other_texts()
-
-
-def test_tuning_and_gains_end_when_the_time_is_over(
-    trace: Trace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What was begun is finished, the rest is left out and tried when a run goes on."""
-    lab_options = LabOptions(tune_eagle2=2, tune_paper=True, tune_chains=True, batch_sizes=(1, 2))
-    seconds = 0.0
-
-    def clock() -> float:  # each look at it takes a second
-        nonlocal seconds
-        seconds += 1.0
-        return seconds
-
-    tuner = Tuner(cast("Any", None), lab_options, clock)
-    tuner._traces = {"own": trace, "others": trace}
-    arms = tuner.arms(2, Progress(None, {}), 30.0)
-    assert {arm.policy for arm in arms} <= {"eagle2", "paper", *CHAINS}
-    assert any(arm.policy == "eagle2" for arm in arms)
-    assert seconds < 40
-    assert "the time limit came before all settings were tried" in capsys.readouterr().err
-    assert len(likelihood_settings()) > 100
-    contestants = [*lab_options.arms, Arm("chain"), Arm("eagle2")]
-    progress = Progress(None, {})
-    assert tuner.gains(contestants, 2, progress, seconds) == {}
-    assert not progress.units("policy gains, batch 2")
-    assert list(tuner.gains(contestants, 2, progress, seconds + 3.0)) == ["off", "smart"]
-    assert not progress.units("policy gains, batch 2")
-    assert len(tuner.gains(contestants, 2, progress, seconds + 99.0)) == 4
-    assert len(progress.units("policy gains, batch 2")[0]) == 4

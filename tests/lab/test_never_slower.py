@@ -15,12 +15,11 @@ from smart_decoding.core.policies.off import Off
 from smart_lab.__main__ import LAB
 from smart_lab.ablations import BUMPS, NOWHERE
 from smart_lab.never_slower import World, measured, played
-from smart_lab.replay import Prompts
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import Round
+    pass
 
 COST = CostModel.from_table({1: {1: 10.0, 8: 12.0, 64: 60.0}}, {1: 0.5, 64: 3.0})
 SIZES = (1, 2, 4)
@@ -94,40 +93,3 @@ def test_what_a_queue_leaves_unfinished_is_no_gain(trace, closed):
     known = plain.seconds if closed else ours.equivalents
     assert ratio == pytest.approx(known.sum() / ours.seconds.sum())
     assert (ours.equivalents.sum() < 0.98 * plain.seconds.sum()) != closed
-
-
-class Watching(Off):
-    """Plain decoding that remembers what it was asked and told."""
-
-    def __init__(self) -> None:
-        self.planned: list[int] = []
-        self.rounds: list[Round] = []
-
-    def plan(self, batch):
-        self.planned.append(batch.prefill_rows)
-        return super().plan(batch)
-
-    def observe(self, round):
-        self.rounds.append(round)
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_rounds_with_prompts_reach_the_policy_at_their_own_price(trace, closed, monkeypatch):
-    """They take 0.75 of what the table says of their rows, and are not planned."""
-    monkeypatch.setattr("smart_lab.never_slower.noisy", lambda seconds, rng: seconds)
-    world = World(3, "here", 4, closed, (1.0, 1.0), 0.0, 16, 0.0, prompts=Prompts(64, 0.75))
-    policy = Watching()
-    found = played(policy, world.recording(trace.recording), COST, world)
-    mixed = [r for r in policy.rounds if r.batch.prefill_rows]
-    assert len(mixed) > 10
-    assert set(policy.planned) == {0}
-    for round in mixed:
-        size, rows = round.batch.size, round.verify_rows
-        assert round.rule is None
-        assert 1 <= size < 4
-        assert 0 < rows - size == round.batch.prefill_rows <= 64
-        own, all_rows = COST.verify_seconds(size, [size, rows], 0.0).tolist()
-        assert round.verify_seconds == pytest.approx(0.25 * own + 0.75 * all_rows)
-    # a round that has prompts only is nobody's, but takes its time
-    assert len(found.seconds) > len(policy.rounds)
-    assert found.seconds.sum() > sum(r.verify_seconds for r in policy.rounds)

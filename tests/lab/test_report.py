@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from measured import FIXED_LONG, results
 
-from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 from smart_lab import plots
-from smart_lab.__main__ import LAB
 from smart_lab.results import Results
 
 
@@ -50,25 +47,3 @@ def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         Results.read(tmp_path / "r.json")
-
-
-def test_the_command_refuses_what_it_cannot_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "r.json"
-    for words in (
-        [str(source), "--plots", str(tmp_path / "plots")],  # no such results
-        [str(source), "--plots", str(tmp_path / "none" / "plots")],
-    ):
-        assert cli.main(["report", *words], LAB) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("smart_lab: error: ")
-        assert err.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert cli.main(["report", str(source), "--plots", str(tmp_path / "plots")], LAB) == 2
-    assert "-e '.[bench]'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        plots.write_plot(Results.from_dict(results()), tmp_path / "plots" / "a.png")
-    assert list(tmp_path.iterdir()) == []

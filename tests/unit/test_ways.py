@@ -273,18 +273,6 @@ def test_seconds_measured_beside_other_work_count_for_an_hour(
     assert starts(1) == 1 + busy
 
 
-def test_a_kept_choice_that_is_damaged_is_measured_again(
-    tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint = tiny(tmp_path)
-    choice = choose(checkpoint, "auto", 1, {})
-    (path,) = (own_cache / "profiles").iterdir()
-    path.write_text(path.read_text().replace('"32": ', '"33": '))
-    choose(checkpoint, "auto", 1, {})
-    assert "cannot be used" in caplog.text
-    assert choice.reason
-
-
 def test_options_and_smart_isa_fix_it(
     two_variants: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,6 @@
 """Whole measurements on rule-following engines with a set clock: speedups are exact."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 import pytest
 import worlds
@@ -174,31 +172,6 @@ def test_bad_options_are_refused_before_a_model_is_loaded(given, message):
         BenchOptions(**given)
 
 
-def test_the_command_line_gives_the_same_options(monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(runner, "run", lambda o: calls.append(o) or Results([row(1, 1.5, 1, 2)]))
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    words = (
-        "--policies off,chain --batch-sizes 1,4 --dtype fp32 --temperature 0.8 --tasks code "
-        "--limit 3 --max-tokens 9"
-    )
-    assert cli.main(parser.parse_args(words.split())) == 0
-    (options,) = calls
-    assert (options.policies, options.batch_sizes, options.dtype) == (
-        ("off", "chain"),
-        (1, 4),
-        "fp32",
-    )
-    assert (options.temperature, options.tasks, options.limit, options.max_tokens) == (
-        0.8,
-        ("code",),
-        3,
-        9,
-    )
-    assert "speedup (95 %)" in capsys.readouterr().out
-
-
 def test_an_arm_may_have_a_drafter_of_its_own():
     options = BenchOptions(
         policies=("off", "smart"),
@@ -285,18 +258,3 @@ def test_a_run_without_memory_says_so():
     engines["off"].pool.take(engines["off"].pool.available - 1)
     with pytest.raises(CapacityError, match="KV memory of this run is too small"):
         list(measure(engines, {"code": worlds.prompts()}, 2, clock=clock))
-
-
-def test_a_pickled_model_without_a_template_can_be_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(runner, "LLM", lambda model, **options: options)
-    options = BenchOptions(
-        model="lmsys/vicuna", quantization="int4", chat_template="vicuna", trust_pickle=True
-    )
-    given: Any = runner.load(options, 2)
-    assert given["quantization"] == "int4"
-    assert given["chat_template"] == "vicuna"
-    assert given["trust_pickle"] is True
-    with pytest.raises(ConfigError, match="No such file"):
-        BenchOptions(chat_template=str(tmp_path / "none.jinja"))

@@ -183,13 +183,6 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert load_head(tmp_path / "head", CONFIG).aux_layers == AUX_LAYERS
 
 
-def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
-    expected = trainer().run()
-    again = trainer()
-    assert again.run() == expected
-    assert again.steps == STEPS
-
-
 def test_a_crash_costs_what_came_after_the_last_checkpoint(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
