@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.chat_input import hidden_keys, unquoted
+from smart_decoding.cli.chat_input import unquoted
 from smart_decoding.cli.dialogue import Dialogue
 from smart_decoding.cli.main import did_you_mean
 from smart_decoding.cli.run import rate
@@ -182,10 +182,9 @@ class ChatSession:
         asked = self._state.conversation.with_message("user", text)
         answer = StreamedAnswer(self._llm, chat=True)
         try:
-            with hidden_keys():
-                params = params_of(self._llm, self._state.values, MAX_TOKENS)
-                asked, prompt = self._fitting(asked, params)
-                output = answer.run(prompt, params)
+            params = params_of(self._llm, self._state.values, MAX_TOKENS)
+            asked, prompt = self._fitting(asked, params)
+            output = answer.run(prompt, params)
         except KeyboardInterrupt:
             if self._keep(asked, answer.text):
                 print("(ended; the answer is kept as far as it goes)", file=sys.stderr)

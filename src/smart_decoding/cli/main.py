@@ -42,13 +42,6 @@ COMMANDS = {
     name: (summary, f"smart_decoding.cli.{name.replace('-', '_')}")
     for name, summary in _SUMMARIES.items()
 }
-# Subcommand that is gone: the command that took its place.
-MOVED = {
-    "report": "python -m smart_lab report, in a clone (docs/lab.md)",
-    "simulate": "python -m smart_lab simulate, in a clone (docs/lab.md)",
-    "vllm-config": "smart tune vllm MODEL (docs/tune.md)",
-    "sglang-costs": "smart tune sglang --bench-serving STEPS=FILE ... (docs/tune.md)",
-}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,13 +49,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Program:
-    """A command line: its name, what it is, its subcommands as in COMMANDS and MOVED, and other
-    programs' names of them."""
+    """A command line: its name, what it is, its subcommands as in COMMANDS, and other programs'
+    names of them."""
 
     name: str
     description: str
     commands: Mapping[str, tuple[str, str]]
-    moved: Mapping[str, str] = field(default_factory=dict)
     meant: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,7 +62,6 @@ SMART = Program(
     "smart",
     "Speculative decoding with draft trees sized by their cost.",
     COMMANDS,
-    MOVED,
     habits.COMMANDS,
 )
 
@@ -244,17 +235,14 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
 
 
 def _run(arguments: Sequence[str], program: Program) -> int:
-    known = {*program.commands, *program.moved}
     # Options before it take no values.
-    command = next((word for word in arguments if word in known), None)
-    if command is not None and command in program.moved:
-        raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
+    command = next((word for word in arguments if word in program.commands), None)
     parser = build_parser(command, program)
     if not arguments:
         parser.print_help()
         return 0
     first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in known:
+    if first is not None and first not in program.commands:
         close = get_close_matches(first, {**program.commands, **program.meant}, 1)
         if close:
             meant = program.meant.get(close[0], close[0])

@@ -139,15 +139,6 @@ def test_what_was_meant_by_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean bf16?" in fails(capsys, "run", "hi", "--dtype", "bf61")
 
 
-@pytest.mark.parametrize("command", ["simulate", "report"])
-def test_a_command_that_moved_is_said_to_be_elsewhere(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert f"is now python -m smart_lab {command}, in a clone" in fails(
-        capsys, command, "--prompts", "3"
-    )
-
-
 def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
     command = [sys.executable, *argv]
