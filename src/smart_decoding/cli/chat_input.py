@@ -106,13 +106,4 @@ def _history(path: Path) -> History:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
-
-    class ChatHistory(FileHistory):
-        """A history that goes on where its file cannot, as on a full disk."""
-
-        def store_string(self, string: str) -> None:
-            """Append an entry to the file, if that can be."""
-            with suppress(OSError):
-                super().store_string(string)
-
-    return ChatHistory(str(path))
+    return FileHistory(str(path))

@@ -48,8 +48,6 @@ _USES = {
     "/help": ("/help", "this list (also /?)"),
 }
 _SAME = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
-# Commands of before and of other programs: ours.
-_MEANT = {"/reset": "/clear", "/system": "/set system TEXT"}
 HELP = "\n".join(
     [f"{use:<16} {what}" for use, what in _USES.values()]
     + [
@@ -105,8 +103,7 @@ class ChatSession:
     def _obey(self, command: str, rest: str) -> bool:
         command = _SAME.get(command, command)
         if command not in _USES:
-            meant = _MEANT.get(command)
-            hint = f"; did you mean {meant}?" if meant else did_you_mean(command, _USES)
+            hint = did_you_mean(command, _USES)
             raise ConfigError(f"no command {command} (a blank before it makes it a message){hint}")
         use, _ = _USES[command]
         if " " in use and not rest:

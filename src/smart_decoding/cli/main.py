@@ -38,10 +38,7 @@ _SUMMARIES = {
     "tune": "find out whether speculation pays in your llama.cpp, vLLM or SGLang, and how",
 }
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
-COMMANDS = {
-    name: (summary, f"smart_decoding.cli.{name.replace('-', '_')}")
-    for name, summary in _SUMMARIES.items()
-}
+COMMANDS = {name: (summary, f"smart_decoding.cli.{name}") for name, summary in _SUMMARIES.items()}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -229,7 +226,7 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
         sentence = f"{summary[0].upper()}{summary[1:]}."
         sub = commands.add_parser(name, help=summary, description=sentence, parents=[common])
         if name == command:
-            _import(f"{program.name} {name}", module).add_arguments(sub)
+            import_module(module).add_arguments(sub)
             habits.take(sub)
     return parser
 
@@ -249,19 +246,7 @@ def _run(arguments: Sequence[str], program: Program) -> int:
             parser.error(f"no command {first!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
     use_threads(getattr(args, "threads", None))
-    module = _import(f"{program.name} {args.command}", program.commands[args.command][1])
-    return module.main(args) or 0
-
-
-def _import(command: str, name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
-            raise ConfigError(
-                f"'{command}' is not part of this installation ({name} is missing)"
-            ) from error
-        raise
+    return import_module(program.commands[args.command][1]).main(args) or 0
 
 
 def _one_line(text: str) -> str:

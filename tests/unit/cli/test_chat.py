@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from scripted import FakeLLM, fails
 
-from smart_decoding.cli import chat_input, chat_session
+from smart_decoding.cli import chat_session
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.stopping import LOOP
 from smart_decoding.errors import CapacityError, ModelError
@@ -221,8 +221,6 @@ def test_a_path_is_no_command(
     [
         ("/hlep", "no command /hlep .*; did you mean /help\\?"),
         ("/cleer", "; did you mean /clear\\?"),
-        ("/reset", "; did you mean /clear\\?"),
-        ("/system be brief", "; did you mean /set system TEXT\\?"),
         ("/save", "/save needs more: /save FILE"),
         ("/set", "/set needs more: /set NAME VALUE"),
         ("/set temprature 1", "no parameter 'temprature'; did you mean temperature\\?; there are"),
@@ -536,13 +534,6 @@ def test_an_answer_that_is_cut_says_where(
     monkeypatch.setattr(FakeLLM, "finish_reason", "length")
     talk(monkeypatch, "one", options=("-n", most))
     assert cut in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
-def test_a_history_on_a_full_disk_goes_on() -> None:
-    history = chat_input._history(Path("/dev/full"))
-    history.append_string("one")
-    assert history.get_strings() == ["one"]
 
 
 def test_a_closed_standard_input_is_refused(

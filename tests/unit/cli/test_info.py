@@ -130,4 +130,4 @@ def test_the_text_has_it_all_and_loads_no_model(
 
 def test_an_empty_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "none"))
-    assert info.cache()["bytes"] == 0
+    assert info.gather()["cache"]["bytes"] == 0

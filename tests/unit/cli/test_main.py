@@ -88,23 +88,6 @@ def test_interruption(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.strip() == "smart: interrupted"
 
 
-def test_a_command_that_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "smart_decoding.nowhere.cli"))
-    assert "'smart train' is not part of this installation" in fails(capsys, "train")
-    assert cli.main(["models"]) == 0
-
-
-def test_a_broken_import_inside_a_command_is_not_hidden(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "needs_more.py").write_text("import no_such_library")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "needs_more"))
-    assert "No module named 'no_such_library'" in fails(capsys, "train", code=1)
-
-
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     told = capsys.readouterr()
