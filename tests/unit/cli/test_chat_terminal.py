@@ -82,14 +82,6 @@ def test_ctrl_c_clears_the_line_and_leaves_the_second_time(
     assert terminal.end() == 0
 
 
-def test_loading_is_said_before_the_first_prompt(tmp_path: Path) -> None:
-    terminal = Terminal([*SCRIPTED, "a-model"], {"SMART_CACHE": str(tmp_path)})
-    try:
-        assert terminal.until("/help lists the commands").startswith("smart: loading a-model ...\n")
-    finally:
-        terminal.close()
-
-
 def test_earlier_lines_come_back_and_only_their_owner_can_read_them(
     chat: Callable[..., Terminal], tmp_path: Path
 ) -> None:

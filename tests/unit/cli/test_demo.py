@@ -9,13 +9,10 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-import torch
 from scripted import FakeLLM
 
 from smart_decoding.cli import demo as cli_demo
 from smart_decoding.cli import main as cli
-from smart_decoding.kernels import library
-from smart_decoding.models import target
 
 
 def test_demo(
@@ -123,17 +120,6 @@ def test_demo_summary_adds_up_and_compares_answers() -> None:
 def test_demo_without_trees_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     cli_demo.show_tree(FakeLLM("m", speculative_config=None), [])  # type: ignore[arg-type]
     assert "every round was decoded plainly" in capsys.readouterr().out
-
-
-def test_it_says_what_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "unavailable", lambda: None)
-    monkeypatch.setattr(library, "chosen", lambda: "x86-64-v3")
-    monkeypatch.setattr(target, "device_of", lambda name: torch.device("cpu"))
-    assert cli_demo.kernels() == "CPU kernels: x86-64-v3"
-    monkeypatch.setattr(library, "unavailable", lambda: "none were built")
-    assert cli_demo.kernels() == "CPU kernels: none, plain torch (none were built)"
-    monkeypatch.setattr(target, "device_of", lambda name: torch.device("cuda"))
-    assert cli_demo.kernels() == "device: cuda"
 
 
 def test_what_comes_next_can_be_typed_as_it_stands() -> None:
