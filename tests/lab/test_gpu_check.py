@@ -3,7 +3,11 @@ comes."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,7 +20,7 @@ import torch
 
 from smart_decoding.models.torch import head_levels
 from smart_lab import gpu_check
-from smart_lab.gpu_check import Step, run_steps, verdict, ways
+from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict, ways
 from smart_lab.gpu_steps import Task, knee_of, replay_options, that_fit, trace_of
 from smart_lab.hardware import card, dimensions, roofline
 
@@ -78,6 +82,21 @@ def test_a_fail_says_why(change: dict[str, Any], reason: str) -> None:
     assert line.endswith(f" why={reason}")
 
 
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (run_of("off", 1, near_floor=False), "plain"),
+        (run_of("smart", 1, speedup=0.9), "smart"),
+        (run_of("paper(children=10)", 64, smart_over=0.96), "smart"),
+        (run_of("eagle2(depth=5)", 16, smart_over=None), "smart"),
+    ],
+)
+def test_one_bad_run_of_either_replay_is_enough(run: dict[str, Any], reason: str) -> None:
+    found = good()
+    found["replay-msd"]["runs"].append(run)
+    assert verdict(found)[0] == [reason]
+
+
 def way(size: int, speedup: float) -> dict[str, Any]:
     ends = {"speedup_low": speedup - 0.02, "speedup_high": speedup + 0.02}
     return {"batch_size": size, "speedup": speedup, **ends}
@@ -101,6 +120,13 @@ def test_the_faster_way_to_draft_is_named_with_its_setting(
     sure = sum(abs(speedup - 1) > 0.02 for speedup in speedups)
     each = ",".join(f"16:{speedup:.2f}" for speedup in speedups)
     assert ways(found) == f"DRAFTING {line} by batch {each} beyond noise: {sure} of 2"
+
+
+def test_nothing_found_is_said_too() -> None:
+    assert verdict({"tiny": False, "steps": {}})[1] == (
+        "GPU_CHECK FAIL plain/floor=- smart/eagle2@=- smart/pooled_chain@=- knee=- "
+        "why=steps,parity,plain,smart,knee,gpu"
+    )
 
 
 @pytest.fixture
@@ -150,6 +176,67 @@ def test_steps_that_fail_or_hang_keep_what_they_found_and_end_nothing_else(
     assert [each.name for each in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_what_there_is_no_time_for_is_left_out(scripts: dict[str, str], tmp_path: Path) -> None:
+    scripts["limits"] = keeping("{}")
+    found: dict[str, Any] = {"tiny": False, "steps": {}}
+    run_steps([Step("limits", 40.0)], found, tmp_path / "r.json", seconds=5.0)
+    assert found["steps"]["limits"] == {"status": "left out: no time was left"}
+
+
+def test_the_last_line_comes_though_no_file_can_be_written(
+    scripts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts["limits"] = keeping("{}")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        code = main(["--json", str(tmp_path / "none" / "r.json"), "--steps", "limits"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    out, err = capsys.readouterr()
+    assert code == 3
+    assert out.splitlines()[-1].startswith("GPU_CHECK FAIL ")
+    assert "r.json could not be written" in err
+
+
+def test_the_last_line_comes_when_it_is_ended_from_outside(tmp_path: Path) -> None:
+    """As `timeout` does."""
+    script = (
+        "import sys; from smart_lab import gpu_check\n"
+        "gpu_check.command = lambda *given: [sys.executable, '-c', "
+        "'import time; time.sleep(60)']\n"
+        "sys.exit(gpu_check.main(['--json', sys.argv[1]]))"
+    )
+    path = tmp_path / "r.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    while not path.exists():  # the first step begins
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert out.splitlines()[-1].startswith("GPU_CHECK FAIL ")
+    assert json.loads(path.read_text())["steps"]["limits"]["status"] == "interrupted"
+
+
+def test_absent_packages_have_stand_ins_and_present_ones_do_not() -> None:
+    try:
+        stand_in(("json", "absent_package", "absent_package.part"))
+        assert "absent_package" not in json.__dict__
+        absent = importlib.import_module("absent_package.part")
+        with absent.bar(range(3)) as bar:
+            assert list(bar) == [0, 1, 2]
+        assert not hasattr(absent, "__file__")
+    finally:
+        for name in ("absent_package", "absent_package.part"):
+            sys.modules.pop(name, None)
+
+
 def test_the_knee_is_where_arithmetic_takes_over() -> None:
     rows = [1, 16, 64, 128, 256, 512, 1024]
     assert knee_of(rows, [max(5.0, 0.02 * n) for n in rows]) == pytest.approx(250)
@@ -182,3 +269,14 @@ def test_batch_sizes_that_do_not_fit_are_left_out(
     assert sizes == fitting
     assert len(missing) == 3 - len(fitting)
     assert all("no memory for batch" in each for each in missing)
+
+
+def test_a_step_has_its_share_of_what_is_left(
+    scripts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others did not need too."""
+    given: list[float] = []
+    monkeypatch.setattr(gpu_check, "_run", lambda name, seconds, found: given.append(seconds))
+    found: dict[str, Any] = {"tiny": False, "steps": {name: {"status": "ok"} for name in "abc"}}
+    run_steps([Step("a", 20), Step("b", 20), Step("c", 60)], found, tmp_path / "r.json", 200.0)
+    assert given == pytest.approx([40, 50, 200], abs=1)

@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -150,6 +151,36 @@ def test_those_of_older_kernels_and_of_an_older_file_are_not_used(
     packed.clear()
     load(file)
     assert max(packed) > 2
+
+
+def test_panels_whose_strips_lie_one_after_the_other_are_packed_again(
+    file: Path, own_cache: Path, packed: list[int]
+) -> None:
+    """As products in 8 bits read them before super-blocks of two strips took turns."""
+    if not weights._lib().smart_multiplies_bytes():
+        pytest.skip("this CPU multiplies no bytes")
+    first = load(file, in_bytes=True)
+    expected = logits(first)
+    first.decoder.keep_panels()
+    strips = list(first.decoder._arena.strips)
+    strips[3] = one_after_the_other(strips[3])
+    assert not torch.equal(strips[3], first.decoder._arena.strips[3])
+    panels = first.decoder._panels
+    assert panels is not None
+    shutil.rmtree(kept(own_cache)[0])
+    panels.write(strips)
+    packed.clear()
+    later = load(file, in_bytes=True)
+    assert max(packed) > 2
+    assert torch.equal(logits(later), expected)
+
+
+def one_after_the_other(down: torch.Tensor) -> torch.Tensor:
+    """The matrix of a layer whose rows have two blocks, with panels of two whole strips."""
+    strip_and_block = 2, 2, 34 * weights.vector_width()
+    whole = len(down) - len(down) % int(np.prod(strip_and_block))
+    turns = down.numpy()[:whole].reshape(-1, *strip_and_block)
+    return torch.cat([torch.from_numpy(turns.swapaxes(1, 2).reshape(-1)), down[whole:]])
 
 
 def test_products_in_8_bits_have_panels_of_their_own(file: Path, own_cache: Path) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,13 +152,14 @@ def test_quants_that_cannot_be_written_are_refused_before_training(
         TrainOptions(AUX_LAYERS, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stops", [(1,), (7,), (3, 15, 23)])
 def test_an_interrupted_run_ends_like_one_that_was_not(
-    trainer: Callable[..., Trainer], tmp_path: Path
+    trainer: Callable[..., Trainer], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     expected = trainer("whole").run()
     assert expected["steps"] == STEPS
     assert expected["epochs"] > 2
-    for stop in (1, 15, 23):
+    for stop in stops:
         stopped = trainer()
         during_step(stopped, stop, ctrl_c)
         with pytest.raises(KeyboardInterrupt):
@@ -183,6 +184,13 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert load_head(tmp_path / "head", CONFIG).aux_layers == AUX_LAYERS
 
 
+def test_a_finished_run_is_only_measured_again(trainer: Callable[..., Trainer]) -> None:
+    expected = trainer().run()
+    again = trainer()
+    assert again.run() == expected
+    assert again.steps == STEPS
+
+
 def test_a_crash_costs_what_came_after_the_last_checkpoint(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +209,34 @@ def test_a_crash_costs_what_came_after_the_last_checkpoint(
     assert resumed.run()["steps"] == STEPS
 
 
+def test_every_epoch_sees_every_conversation_once(trainer: Callable[..., Trainer]) -> None:
+    stopped = trainer()
+    size = len(stopped._train)
+    for first in (0, 5):  # from the beginning, and from within an epoch
+        batches = stopped._batches()
+        stopped.trained = 0
+        trained_ids = [id(item) for batch in take(batches, first, stopped) for item in batch]
+        trained_ids += [
+            id(item) for batch in until(stopped._batches(), size, stopped) for item in batch
+        ]
+        assert len(trained_ids) == size == len(set(trained_ids))
+
+
+def take(batches: Iterator[list[Any]], count: int, trainer: Trainer) -> list[list[Any]]:
+    taken = []
+    for _ in range(count):
+        taken.append(next(batches))
+        trainer.trained += len(taken[-1])
+    return taken
+
+
+def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[list[Any]]:
+    taken = []
+    while trainer.trained < size:
+        taken += take(batches, 1, trainer)
+    return taken
+
+
 def test_a_full_disk_is_reported_as_one(
     trainer: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +253,19 @@ def test_a_full_disk_is_reported_as_one(
     code, message = cli._described(caught.value, debug=False)
     assert (code, message) == (2, "cannot write a file: File too large: make room there")
     assert not [*(tmp_path / "head").iterdir()]
+
+
+def test_a_head_that_is_not_finite_is_refused(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer().run()
+    path = tmp_path / "head" / "model.safetensors"
+    tensors = load_file(path)
+    name = "fc.weight"
+    tensors[name].flatten()[1] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=f"tensor {name} holds numbers that are not finite"):
+        load_head(tmp_path / "head", CONFIG)
 
 
 @pytest.mark.parametrize(
