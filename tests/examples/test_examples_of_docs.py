@@ -193,7 +193,7 @@ def smart(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     if command in ("run", "chat"):
         named = [str(folder) if MODELS.fullmatch(word) else word for word in words[1:]]
         given = [] if str(folder) in named else ["-m", str(folder)]
-        words = [command, *named, *given, "-n", "4"]
+        words = [command, *named, *given, "-n", "4", "--seed", "0"]
     assert main(words) == 0
     assert capsys.readouterr().out
 
