@@ -100,7 +100,7 @@ pictures: env
 VLLM_ENV ?= .venv-vllm
 VLLM_NEWEST ?= .vllm-0.33
 VLLM_TESTS = $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_contract.py tests/integrations/test_vllm_async.py
-VLLM_HOST = $(foreach part,vllm_schedule vllm_lengths vllm_graphs tune_vllm,tests/integrations/test_$(part).py)
+VLLM_HOST = $(foreach part,vllm_schedule vllm_metrics vllm_graphs tune_vllm,tests/integrations/test_$(part).py)
 VLLM_MODEL = SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)"
 VLLM_CLASSES = VLLM_TARGET_DEVICE=cpu PYTHONPATH=src:$(VLLM_NEWEST) $(VLLM_TESTS)
 test-vllm: export SMART_NO_SKIPS = 1
@@ -168,7 +168,7 @@ $(TRITON_DIR)/.installed:
 # vLLM's and SGLang's own classes. Their engines are for test-vllm and test-sglang. A test that is skipped fails the target.
 INTERPRETED = $(addprefix tests/gpu/,test_triton.py test_draws.py test_gpu_check.py) \
 	$(foreach part,policy seams costs trees,tests/integrations/test_sglang_$(part).py)
-HOST = $(addprefix tests/gpu/,test_counts.py test_cuda_calls.py test_profiles.py) tests/parity/test_graphs.py tests/unit/bench/test_floor.py \
+HOST = $(addprefix tests/gpu/,test_counts.py test_cuda_calls.py test_profiles.py) tests/parity/test_graphs.py tests/lab/test_floor.py \
 	tests/unit/integrations/test_sharded.py tests/lab/test_gpu_check.py tests/lab/test_simulate.py $(VLLM_HOST)
 test-gpu-path: export SMART_NO_SKIPS = 1
 test-gpu-path: env $(SGLANG_DIR)/.installed-2 $(VLLM_NEWEST)/.installed

@@ -13,21 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.blocks import Block, rounds_of
-from smart_decoding.bench.cycles import (
-    Cycle,
-    Prompts,
-    cycles_of,
-    in_turns,
-    rotated,
-    undisturbed,
-    warm_up,
-)
+from smart_decoding.bench import cycles
+from smart_decoding.bench.cycles import Cycle, Prompts, cycles_of, rotated
 from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.errors import CapacityError
 from smart_lab.summary import noise, smart_over, summarise
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.blocks import Block
     from smart_decoding.engine.engine import Engine
 
 AGAIN = "off again"  # the baseline's second engine, whose speed is reported as noise
@@ -66,31 +59,18 @@ def measure(
     (on `clock`); AGAIN is the baseline's second engine. into: an earlier measurement to continue.
     on_cycle: called after each cycle. closed: no other request takes the place of one that ends."""
     result = into or Measurement()
-    cycles = list(cycles_of(prompts, batch_size))
     first = len(result.cycles)
-    if first == len(cycles):
-        return result
+    total = sum(1 for _ in cycles_of(prompts, batch_size))
 
     def late() -> bool:
         end = deadline if result.cycles else result.first_deadline or deadline
         return end is not None and clock() > end
 
-    with undisturbed():
-        for engine in engines.values():
-            warm_up(engine, prompts, batch_size, clock)
-        for number, (chunk, fillers) in enumerate(cycles[first:], first):
-            behind = None if closed else fillers
-            blocks = {
-                label: rounds_of(engines[label], chunk, behind, batch_size, clock)
-                for label in due(list(engines), number, len(prompts))
-            }
-            cycle = in_turns(blocks, batch_size, late)
-            if cycle is None:
-                result.partial = True
-                return result
-            again = cycle.pop(AGAIN, None)
-            result.add({label: cycle[label] for label in engines if label in cycle}, again)
-            on_cycle()
+    for cycle in cycles.measure(engines, prompts, batch_size, late, clock, first, closed, due):
+        again = cycle.pop(AGAIN, None)
+        result.add(cycle, again)
+        on_cycle()
+    result.partial |= len(result.cycles) < total
     return result
 
 
@@ -103,19 +83,19 @@ def due(labels: list[str], number: int, tasks: int) -> list[str]:
 
 def rows_of(measured: Measurement, batch_size: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return the runs of one batch size. Raises CapacityError if no cycle was completed."""
-    cycles = measured.cycles
-    if not cycles:
+    found = measured.cycles
+    if not found:
         raise CapacityError(
             f"the time limit was too short for one block of every policy at batch size {batch_size}"
         )
     shared = {"batch_size": batch_size, "partial": measured.partial}
     rows: list[dict[str, Any]] = []
-    for label in cycles[0]:
-        pairs = [(cycle[label], cycle[BASELINE]) for cycle in cycles]
+    for label in found[0]:
+        pairs = [(cycle[label], cycle[BASELINE]) for cycle in found]
         extra = noise(measured.again, seed) if label == BASELINE else {}
         compared: dict[str, dict[str, Any]] = {}
-        if OURS in cycles[0] and label not in (OURS, BASELINE):
-            both = [(cycle[OURS], cycle[label]) for cycle in cycles]
+        if OURS in found[0] and label not in (OURS, BASELINE):
+            both = [(cycle[OURS], cycle[label]) for cycle in found]
             compared = smart_over(both, seed)
         for figures in summarise(pairs, seed):
             ours = compared.get(figures["task"], {})

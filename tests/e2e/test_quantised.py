@@ -8,7 +8,6 @@ import pytest
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.kernels.ops import multiplies_bytes
-from smart_decoding.kernels.weights import PackedWeight
 from smart_decoding.llm import LLM
 
 pytestmark = pytest.mark.model
@@ -74,18 +73,3 @@ def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
     llm = engine(None, "int8")
     found = [answers_of(llm, config, (0.0, 0.8)) for config in POLICIES]
     assert all(answers == found[0] for answers in found)
-
-
-def matrix_bytes(llm: LLM) -> int:
-    """Of what a forward reads, the output matrix included."""
-    decoder = llm.target.decoder
-    assert decoder.model is not None
-    layers, *_ = decoder.model._alive
-    kept = (*layers._alive, decoder.head)
-    return sum(each.nbytes for each in kept if isinstance(each, PackedWeight))
-
-
-def test_what_is_stored_takes_the_room_of_the_file(both: tuple[LLM, LLM]) -> None:
-    stored, expanded = (matrix_bytes(llm) for llm in both)
-    assert expanded == pytest.approx(2 * 134.5e6, rel=0.02)
-    assert stored == pytest.approx(98.4e6, rel=0.03)

@@ -25,8 +25,6 @@ from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine_args import EngineArgs
-from smart_decoding.llm import _engine_config
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.families import decoder as decoder_module
 from smart_decoding.models.families.config import ModelConfig
@@ -36,7 +34,6 @@ from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.torch import device_draft, head_levels
 from smart_decoding.models.torch.graphs import GraphedLayers
 from smart_decoding.models.torch.head_levels import SteppedLevels
-from smart_decoding.models.torch.rows import upload
 from smart_decoding.models.torch.torch_layers import TorchLayers
 from smart_lab.replayed_run import RandomWeights, random_head
 
@@ -235,33 +232,3 @@ def test_drafted_levels_ask_little(
     assert seen["launch"] == levels * (1 + drawn) + 2, seen
     assert seen["wait"] == 2, seen
     assert seen["upload"] <= levels + 4 + drawn, seen
-
-
-def test_uploads_are_pinned_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls alone: a CPU has no memory to pin."""
-    seen: list[object] = []
-
-    def pin(tensor: Tensor) -> Tensor:
-        seen.append("pinned")
-        return tensor
-
-    def to(tensor: Tensor, device: torch.device, **options: bool) -> Tensor:
-        seen.append((device.type, options))
-        return tensor
-
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    monkeypatch.setattr(Tensor, "to", to)
-    for device in ("cuda", "cpu"):
-        upload(np.arange(3), torch.device(device))
-    assert seen == ["pinned", ("cuda", {"non_blocking": True}), ("cpu", {"non_blocking": True})]
-
-
-def test_a_gpu_takes_more_of_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for args, tokens in (
-        (EngineArgs(device="cuda"), 2048),
-        (EngineArgs(), 2048),
-        (EngineArgs(device="cpu"), 256),
-        (EngineArgs(device="cuda", max_num_batched_tokens=512), 512),
-    ):
-        assert _engine_config(args, 400, 2048).max_num_batched_tokens == tokens

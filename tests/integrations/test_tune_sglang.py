@@ -117,17 +117,3 @@ def test_without_sglang_it_says_where_to_install_it(
     assert "install smart-decoding in SGLang's environment" in capsys.readouterr().err
     assert cli.main(["tune", "sglang"]) == 2
     assert "smart tune sglang MODEL" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("vllm-config", "'smart vllm-config' is now smart tune vllm MODEL"),
-        ("sglang-costs", "'smart sglang-costs' is now smart tune sglang --bench-serving"),
-    ],
-)
-def test_old_commands_name_the_new_one(
-    old: str, new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main([old, "m"]) == 2
-    assert new in capsys.readouterr().err

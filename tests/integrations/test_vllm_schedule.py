@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.integrations import seams as shared
 from smart_decoding.integrations.vllm import measure, options, seams
 from smart_decoding.integrations.vllm.schedule import (
     LengthChoice,
@@ -119,37 +121,32 @@ def test_a_name_that_is_gone_is_named(name: str) -> None:
     options.reason_for_stock(scheduler, options.Options())  # raises nothing
 
 
-def test_classes_that_are_gone_are_named() -> None:
+def test_names_of_modules_that_are_gone_are_named() -> None:
     """Without vLLM that is all of them."""
-    part = seams.SCHEDULER
-    members = [f"{place}.{name}" for place, names in part.classes.items() for name in names]
-    methods = [f"{p}({', '.join(n)})" for p, n in (*part.replaced.items(), *part.called.items())]
-    assert seams.missing(part) == [*members, *methods]
+    tables = (seams.USED, seams.REPLACED)
+    names = [f"{module}.{name}" for table in tables for module in table for name in table[module]]
+    assert seams.missing() == names
 
 
-def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
-    class Sampler:
-        def __init__(self, sampler: object) -> None:
-            self.sampler = sampler
+def test_names_and_parameters_are_found_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Output:
+        tokens: int
 
-        def forward(self, logits: object, more: object = None) -> None: ...
+        def update(self, tokens: int, more: object = None) -> None: ...
 
-    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Sampler=Sampler))
-    members = {"stand_in:Sampler": ("forward", "sampler", "other")}
-    assert seams.missing(seams.Seams(members)) == ["stand_in:Sampler.other"]
-    method = "stand_in:Sampler.forward"
-    for called, replaced, gone in (
-        (("logits",), None, []),
-        (None, ("logits", "more"), []),
-        (("other",), None, ["stand_in:Sampler.forward(other)"]),
-        (None, ("logits",), ["stand_in:Sampler.forward(logits)"]),  # vLLM may give it more
-    ):
-        part = seams.Seams(
-            {},
-            replaced={} if replaced is None else {method: replaced},
-            called={} if called is None else {method: called},
-        )
-        assert seams.missing(part) == gone
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Output=Output))
+
+    def lacking(name: str, parameters: Any, newer: Any = None) -> list[str]:
+        return shared.lacking({"stand_in": {f"Output.{name}": parameters}}, newer)
+
+    assert lacking("tokens", None) == lacking("update", None) == []
+    assert lacking("other", None) == ["stand_in.Output.other"]
+    assert lacking("update", ("tokens",)) == []  # what follows has a default
+    assert lacking("update", ("other",)) == ["stand_in.Output.update"]
+    assert lacking("update", ("tokens", "more"), ()) == []
+    assert lacking("update", ("tokens",), ()) == ["stand_in.Output.update"]  # it may be given more
+    assert lacking("update", ("tokens",), ("more",)) == []
 
 
 def test_nothing_to_choose_means_stock_behaviour() -> None:

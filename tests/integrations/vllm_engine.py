@@ -41,7 +41,7 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
     if job.get("contract"):
         from smart_decoding.integrations.vllm import seams
 
-        gone = [*seams.missing_attributes(scheduler), *seams.missing(seams.SCHEDULER)]
+        gone = [*seams.missing_attributes(scheduler), *seams.missing()]
         answer |= {"missing": gone, "lookup": type(scheduler.dynamic_sd_lookup).__name__}
     print("\n" + json.dumps(answer), flush=True)
 

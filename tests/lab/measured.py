@@ -55,26 +55,3 @@ def results() -> dict[str, Any]:
         "time": "2026-11-24T18:49:56+00:00",
     }
     return {"provenance": origin, "runs": runs}
-
-
-ODD = [
-    {"provenance": 3},
-    {"speedup": None},
-    {"rows_per_round": None},
-    {"tokens_per_round": "?"},
-    {"noise_low": None},
-    {"policy": "<b>"},
-    {"temperature": None},
-]
-
-
-def changed(change: dict[str, Any]) -> dict[str, Any]:
-    """The result with other values, of itself or of all runs."""
-    data = results()
-    for name, value in change.items():
-        if name in data:
-            data[name] = value
-        else:
-            for run in data["runs"]:
-                run[name] = value
-    return data

@@ -1,13 +1,10 @@
 """Each variant changes the one thing that it says."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 
 from smart_decoding.core.costs import CostModel
-from smart_lab.ablations import ABLATIONS, VARIANTS, FrozenCosts, NeverChanged, askew, smart
-from smart_lab.replay import Walk, replay
+from smart_lab.ablations import ABLATIONS, VARIANTS, FrozenCosts, smart
+from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
@@ -47,13 +44,6 @@ def test_frozen_costs_stay_as_they_were_believed(trace):
     assert error[1] < 0.3 * error[0]
 
 
-def test_a_wrong_profile_keeps_the_smallest_forward():
-    wrong = askew(FLAT, 5.0, 4.0)
-    assert float(wrong.verify_seconds(1, 1, 0.0)) == pytest.approx(1.0)
-    assert float(wrong.verify_seconds(1, 64, 0.0)) == pytest.approx(1 + 5 * 2.0)
-    assert float(wrong.draft_seconds(1, 0.0)) == pytest.approx(0.8)
-
-
 def test_variants_wrap_a_running_policy(trace):
     own = replay(smart(trace, FLAT), trace.recording, FLAT, 4, rounds=60)
     found = {
@@ -63,28 +53,3 @@ def test_variants_wrap_a_running_policy(trace):
     assert all(each.tokens >= 4 * each.rounds for each in found.values())
     # drafting seems not to pay, until rounds tell otherwise
     assert found["expensive_costs"].off > own.off + 10
-
-
-def test_one_kind_of_requests_takes_sampled_ones_for_greedy_ones(trace):
-    batch = replace(Walk(trace.recording, 2).state(), temperature=np.array([0.0, 1.0]))
-    own, one = (ABLATIONS[name](trace, FLAT) for name in ("smart", "one kind of requests"))
-    assert len({*own.plan(batch).scores.kind}) == 2
-    assert len({*one.plan(batch).scores.kind}) == 1
-
-
-def test_without_its_test_a_drafter_that_becomes_bad_is_not_said_to_have_changed(trace):
-    never = ABLATIONS["no test for change"](trace, FLAT).state.calibration.drift
-    own = smart(trace, FLAT).state.calibration.drift
-    source, expected = np.zeros(64, np.int64), np.full(64, 0.95)
-    assert isinstance(never, NeverChanged)
-    alarms = [each.update(source, expected, np.zeros(64, bool)) for each in (own, never)]
-    assert alarms[0]
-    assert not alarms[1]
-
-
-def test_forecasts_that_are_not_corrected_are_believed(trace):
-    policies = [ABLATIONS[name](trace, FLAT) for name in ("smart", "forecasts: not corrected")]
-    for policy in policies:
-        replay(policy, trace.recording, FLAT, 4)
-    corrected, believed = (policy.state.with_model.of(4) for policy in policies)
-    assert believed == 1.0 != corrected

@@ -26,15 +26,6 @@ def asked_by(words: str) -> LabOptions:
     return found
 
 
-def test_presets_fill_in_what_is_not_given() -> None:
-    quick = asked_by("--quick")
-    assert quick.time_limit is not None
-    assert quick.time_limit <= 150
-    assert 1 in quick.batch_sizes
-    assert asked_by("--limit 3 --quick --batch-sizes 1,4").batch_sizes == (1, 4)
-    assert asked_by("") == LabOptions()
-
-
 def test_the_command_says_what_was_asked() -> None:
     command = command_of(asked_by("--tune-eagle2 3 --tune-paper --limit 2 --resume run.part"))
     assert command.startswith("python -m smart_lab bench --model ")
@@ -66,11 +57,6 @@ def test_results_tell_no_folders(tmp_path: Path) -> None:
     for model, expected in ((str(file), "m.gguf"), ("owner/name", "owner/name")):
         assert f"--model {expected} --" in command_of(LabOptions(model=model))
         assert provenance("", 0, {"model": model}, None)["weights"]["model"] == expected
-
-
-def test_each_prompt_has_the_runs_seed_and_its_number() -> None:
-    assert LabOptions(seed=7).sampling(3).seed == 10
-    assert asked_by("--seed 7").seed == 7
 
 
 def test_long_prompts_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

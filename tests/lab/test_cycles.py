@@ -13,7 +13,7 @@ from smart_decoding.bench.blocks import Answer, Block, Counts
 from smart_decoding.errors import CapacityError
 from smart_decoding.files import write_json
 from smart_lab.bench_command import everything
-from smart_lab.cycles import AGAIN, Measurement, due, measure, rows_of
+from smart_lab.cycles import AGAIN, due, measure, rows_of
 from smart_lab.provenance import provenance
 from smart_lab.summary import end_to_end_speedup, summarise
 
@@ -69,17 +69,6 @@ def test_each_policy_has_figures_by_task_and_over_all() -> None:
     assert all(run["identical"] and run["differing_prompts"] == 0 for run in by.values())
 
 
-def test_the_terminal_shows_what_was_measured() -> None:
-    runs = runs_of()
-    text = terminal(runs)
-    titles = [part.splitlines()[0].split()[0] for part in text.split("\n\n")]
-    assert titles == ["batch", "Speedup", "Beside"]
-    over = next(run["smart_over"] for run in runs if run.get("smart_over") and run["task"] == "all")
-    assert f"{over:.2f} (" in text
-    assert "maths" in text
-    assert "noise" in text
-
-
 def test_a_deadline_keeps_complete_cycles_and_says_so() -> None:
     runs = runs_of(deadline=500.0)
     assert all(run["partial"] for run in runs)
@@ -87,14 +76,6 @@ def test_a_deadline_keeps_complete_cycles_and_says_so() -> None:
     assert terminal(runs).startswith("Partial: the time limit")
     with pytest.raises(CapacityError, match="too short"):
         runs_of(deadline=0.0)
-
-
-def test_a_first_cycle_may_take_the_whole_time() -> None:
-    runs = runs_of(deadline=0.0, into=Measurement(first_deadline=1e9))
-    assert {run["blocks"] for run in runs if run["task"] == "all"} == {1}
-    assert all(run["partial"] for run in runs)
-    with pytest.raises(CapacityError, match="too short"):
-        runs_of(deadline=0.0, into=Measurement(first_deadline=1.0))
 
 
 def test_json_has_the_documented_form(tmp_path: Path) -> None:
@@ -145,11 +126,3 @@ def test_a_speedup_end_to_end_is_a_ratio_of_seconds() -> None:
         (block("maths", 300, 15.0, [0.1]), block("maths", 300, 15.0, [0.1])),
     ]
     assert end_to_end_speedup(pairs).value == pytest.approx(50 / 40)
-
-
-def test_tasks_of_different_speedup_do_not_widen_an_interval() -> None:
-    code = (block("code", 100, 5.0, [0.1]), block("code", 100, 10.0, [0.1]))
-    maths = (block("maths", 100, 10.0, [0.1]), block("maths", 100, 10.0, [0.1]))
-    pooled = summarise([code, maths] * 4)[-1]
-    bounds = (pooled["speedup"], pooled["speedup_low"], pooled["speedup_high"])
-    assert bounds == pytest.approx((4 / 3,) * 3)

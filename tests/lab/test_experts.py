@@ -13,13 +13,10 @@ from smart_lab.__main__ import LAB
 from smart_lab.experts import (
     LAYERS,
     MODELS,
-    PLAIN,
     ROUTERS,
     Case,
-    RoutedCosts,
     Router,
     rates,
-    true_costs,
 )
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
@@ -39,22 +36,6 @@ def test_a_router_chooses_as_many_experts_each_time_and_the_same_ones_again(name
         found = [router.experts(2, at, branch) for router in routers]
         assert np.array_equal(*found)
         assert found[0].sum(axis=1).tolist() == [MIXTURE.per_row] * LAYERS
-
-
-def test_neighbours_share_experts_by_a_correlated_router() -> None:
-    shared = {}
-    for name, kept in ROUTERS.items():
-        router = Router(MIXTURE, kept)
-        pairs = [(router.experts(0, at, ()), router.experts(0, at + 1, ())) for at in range(200)]
-        shared[name] = np.mean([(a & b).sum(axis=1).mean() for a, b in pairs]) / MIXTURE.per_row
-    assert shared["independent"] == pytest.approx(MIXTURE.per_row / MIXTURE.count, abs=0.03)
-    assert 0.25 < shared["correlated"] < 0.6
-
-
-def test_a_plain_round_of_one_request_wakes_one_rows_experts(trace: Trace) -> None:
-    machine = RoutedCosts(true_costs(MIXTURE), 1, Router(MIXTURE, 0.0))
-    assert machine.verify(1, 50, experts=MIXTURE.per_row) == pytest.approx(PLAIN)
-    assert machine.verify(1, 50, experts=MIXTURE.count) > 2 * PLAIN
 
 
 def test_pricing_experts_is_worth_more_than_rows_of_one_token(trace: Trace) -> None:

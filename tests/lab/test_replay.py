@@ -10,7 +10,6 @@ import worlds
 from smart_decoding.bench.blocks import Counts, run_block
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.free import FreeDrafter
@@ -20,9 +19,7 @@ from smart_decoding.errors import ConfigError
 from smart_lab.recorder import record_wide
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts, Prompts, StepCosts, replay
-from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings, tree_of
-from smart_lab.synthetic import synthetic
-from smart_lab.tuning import best_likelihood, cost_of
+from smart_lab.sweep import Fixed, add_up
 
 ROW, LEVEL, LEVEL_ROW = 0.1, 0.25, 0.01
 COST = CostModel.from_table(
@@ -183,13 +180,6 @@ def test_a_union_is_replayed_as_it_is_drafted_live(repeated, union, setting):
     assert found.rounds < model_alone.rounds
 
 
-def test_a_union_needs_the_same_prompts(union, free):
-    with pytest.raises(ConfigError, match="same prompts"):
-        union.beside(replace(free, answers=free.answers[::-1]))
-    with pytest.raises(ConfigError, match="same prompts"):
-        free.beside(free)
-
-
 class Watching(Off):
     """Plain decoding that remembers its rounds."""
 
@@ -233,17 +223,6 @@ def test_prompts_take_their_share_of_the_tables_seconds(free):
     assert taken(1.0) - taken(0.75) == pytest.approx(0.25 * ROW * rows)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_n_grams_drawn_once_give_what_the_replay_gives(free, batch):
-    host = HostCosts(0.01, 0.002, 0.03, 0.004)
-    assert free.take([1, 0]).repeated(2).at_context(9).free
-    slow = replay(Eagle2(total_tokens=4), free, COST, batch, host)
-    fast = add_up(Fixed.draw(Eagle2(total_tokens=4), free), free, COST, batch, host)
-    assert fast.seconds == pytest.approx(slow.seconds)
-    fast.seconds, fast.chains = slow.seconds, slow.chains
-    assert fast == slow
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("setting", [(0, 1, 2), (1, 2, 5), (2, 2, 4), (5, 2, 9)])
 def test_trees_drawn_once_give_what_the_replay_gives(recording, batch, setting):
@@ -268,17 +247,6 @@ def test_plain_decoding_and_batches(recording):
         replay(Off(), recording, COST, 9)
 
 
-def test_host_and_own_time_count(recording):
-    ticks = iter(range(10**6))
-    base = replay(Off(), recording, COST, 2)
-    more = replay(
-        Off(), recording, COST, 2, HostCosts(0.5, 0.25, 7.0), own_time=lambda: float(next(ticks))
-    )
-    # Two stretches of one tick each: deciding and learning. Nothing is drafted.
-    assert more.own_seconds == 2 * more.rounds
-    assert more.seconds == pytest.approx(base.seconds + (0.5 + 2 * 0.25 + 2.0) * base.rounds)
-
-
 def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(recording):
     cheap = CostModel.from_table({1: {1: 1.0, 400: 1.1}}, {1: 0.01, 400: 0.02})
     expensive = CostModel.from_table({1: {1: 1.0, 2: 9.0, 400: 3000.0}}, {1: 1.0, 400: 9.0})
@@ -286,62 +254,3 @@ def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(record
     bad = replay(make_policy("smart", {"cost": expensive}), recording, expensive, 2)
     assert good.tokens_per_s > 2.5 * replay(Off(), recording, cheap, 2).tokens_per_s
     assert bad.off > 0.8 * bad.rounds  # what is new is tried
-
-
-def test_what_the_recording_lacks_is_counted(recording):
-    found = replay(make_policy("eagle2", depth=5, top_k=2), recording, COST, 1)
-    assert found.missing > 0
-
-
-def test_settings_are_ranked_by_throughput(recording):
-    chosen = [{"depth": d, "top_k": 1, "total_tokens": d + 2} for d in range(3)]
-    ranked = Sweep(recording, chosen).rank(COST, 1)
-    # Every draft is right: (d + 2) tokens in 1 + 0.1 (d + 2) + 0.26 (d + 1) seconds and more: the
-    # deepest is best.
-    assert [setting["depth"] for setting, _ in ranked] == [2, 1, 0]
-
-
-def test_the_grid_has_at_least_90_distinct_settings():
-    grid = [tuple(s.values()) for s in likelihood_settings()]
-    assert len(grid) == len(set(grid)) >= 90
-
-
-def test_recording_needs_a_drafter():
-    with pytest.raises(ConfigError, match="drafter"):
-        record(worlds.engine(worlds.Clock()), worlds.prompts())
-
-
-def test_tuning_records_once_and_leaves_the_policy_alone():
-    clock = worlds.Clock()
-    engine = worlds.engine(clock, "smart", worlds.RuleDrafter(clock), cost=COST)
-    arm, policy = SimpleNamespace(engine=engine, policy=engine.policy), engine.policy
-    tasks = {
-        "code": worlds.prompts("code", 2, tokens=12),
-        "maths": worlds.prompts("maths", 1, 2, tokens=12),
-    }
-    recording = record_wide(arm, tasks)
-    assert engine.policy is policy
-    assert [len(a.tokens) for a in recording.answers] == [12, 14, 13]
-    assert [a.task for a in recording.answers] == ["code", "maths", "code"]
-    arms = best_likelihood(Sweep(recording), cost_of([arm]), 1, 3)
-    assert len({a.label for a in arms}) == 3
-    assert len({a.options["total_tokens"] for a in arms}) == 3
-    assert {a.policy for a in arms} == {"eagle2"}
-    with pytest.raises(ConfigError, match="add smart"):
-        cost_of([SimpleNamespace(policy=Off())])
-
-
-def test_settings_that_verify_the_same_trees_are_one_contestant():
-    drawn = synthetic(3.0, answers=4, length=24, context=50)
-    kept = {}
-    for depth, top_k, nodes in [(0, 1, 1), (0, 3, 1), (2, 1, 1), (1, 3, 3), (1, 6, 3), (1, 2, 3)]:
-        setting = {"depth": depth, "top_k": top_k, "total_tokens": nodes + 1}
-        fixed = Fixed.draw(Eagle2(**setting), drawn)
-        kept.setdefault(tree_of(setting), []).append((fixed.emitted.tolist(), fixed.kept.tolist()))
-    assert [len(trees) for trees in kept.values()] == [3, 2, 1]
-    for trees in kept.values():
-        assert all(tree == trees[0] for tree in trees)
-    assert len({str(trees[0][0]) for trees in kept.values()}) == 3
-    grid = [tree_of(setting) for setting in likelihood_settings()]
-    assert len(grid) == len(set(grid))
-    assert grid.count((1, 1, 1)) == 1

@@ -2,9 +2,7 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
 
 from smart_decoding.core.costs import CostModel
 from smart_lab import replayed_run
@@ -102,30 +100,3 @@ def test_ways_are_one_with_the_device_choosing_and_one_with_the_host(folder, mon
     assert found["identical"]
     assert [len(drafters) for drafters in observed.values()] == [1, 1]
     assert not observed["device"] & observed["host"]
-
-
-def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder):
-    write_trace(
-        folder / "long",
-        Trace(synthetic(2.0, answers=2, length=110, context=20), {"temperature": 0.0}, (299,)),
-    )
-    given = {"policies": ("off", "smart"), "policy_options": (), "max_tokens": 110}
-    runs = bench(folder, "long", **given).runs(2, None)
-    assert {run["policy"] for run in runs} == {"off", "smart"}
-
-
-def test_random_weights_are_the_same_every_time():
-    weights = replayed_run.RandomWeights({"a.weight": (30, 40), "n.weight": (4,), "n.bias": (4,)})
-    assert torch.equal(weights["a.weight"], weights["a.weight"])
-    assert float(weights["a.weight"].std()) < 0.03
-    assert weights["n.weight"].eq(1).all()
-    assert weights["n.bias"].eq(0).all()
-    assert len(weights) == 3
-
-
-def test_a_model_by_name_has_its_published_size():
-    name, config = replayed_run.model_config("llama-3.1-8b")
-    assert name == "llama-3.1-8b"
-    assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(
-        8.03e9, rel=0.01
-    )

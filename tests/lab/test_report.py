@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from measured import FIXED_LONG, ODD, changed, results
+from measured import FIXED_LONG, results
 
-from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 from smart_lab import plots
-from smart_lab.__main__ import LAB
 from smart_lab.results import Results
 
 
@@ -31,22 +26,6 @@ def test_speedups_have_bands_and_the_line_at_one() -> None:
     assert [(band.y0, band.y1) for band in bands] == [(0.9, 1.35), (0.58, 1.4)]
     (below,) = axes.patches
     assert below.get_y() + below.get_height() == pytest.approx(1.0)
-
-
-def test_the_plot_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    source, folder = tmp_path / "r.json", tmp_path / "plots"
-    source.write_text(json.dumps(results()))
-    for _ in range(2):  # again, into the same folder
-        assert cli.main(["report", str(source), "--plots", str(folder)], LAB) == 0
-        assert capsys.readouterr().out == f"wrote {folder / 'speedup.png'}\n"
-    assert (folder / "speedup.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("change", ODD)
-def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib")
-    plots.drawn(Results.from_dict(changed(change)))
 
 
 @pytest.mark.parametrize(
@@ -68,25 +47,3 @@ def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         Results.read(tmp_path / "r.json")
-
-
-def test_the_command_refuses_what_it_cannot_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "r.json"
-    for words in (
-        [str(source), "--plots", str(tmp_path / "plots")],  # no such results
-        [str(source), "--plots", str(tmp_path / "none" / "plots")],
-    ):
-        assert cli.main(["report", *words], LAB) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("smart_lab: error: ")
-        assert err.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert cli.main(["report", str(source), "--plots", str(tmp_path / "plots")], LAB) == 2
-    assert "-e '.[bench]'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        plots.write_plot(Results.from_dict(results()), tmp_path / "plots" / "a.png")
-    assert list(tmp_path.iterdir()) == []

@@ -9,18 +9,15 @@ from typing import Any
 import pytest
 import worlds
 
-from smart_decoding.bench.blocks import run_block
+from smart_decoding.bench import cycles
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels import library
 from smart_decoding.measuring.resume import Progress
-from smart_lab import cycles, resume
-from smart_lab.cycles import measure, rows_of
+from smart_lab import resume
+from smart_lab.cycles import AGAIN, measure, rows_of
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
     KeptMeasurement,
-    block_of,
     key_of,
-    plain_block,
     source_digest,
 )
 
@@ -29,7 +26,7 @@ def engines(clock: worlds.Clock) -> dict[str, Any]:
     drafter = worlds.RuleDrafter(clock, seconds=0.25)
     return {
         "off": worlds.engine(clock),
-        cycles.AGAIN: worlds.engine(clock),
+        AGAIN: worlds.engine(clock),
         "chain": worlds.engine(clock, "chain", drafter, length=2),
     }
 
@@ -89,14 +86,6 @@ def test_a_cut_run_measures_only_what_is_missing(
     assert not measured
 
 
-def test_a_block_reads_back_as_it_was() -> None:
-    clock = worlds.Clock()
-    block = run_block(worlds.drafting_engine(clock), worlds.prompts(count=1), [], 1, clock)
-    back = block_of(json.loads(json.dumps(plain_block(block))))
-    assert back == block
-    assert back.tokens_per_s == block.tokens_per_s
-
-
 def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:
     key = key_of(LabOptions(limit=3, json=tmp_path / "a.json", time_limit=9.0))
     assert key["option"]["limit"] == 3
@@ -121,10 +110,3 @@ def test_a_run_does_not_go_on_with_other_code(
     (tmp_path / changed).write_text("a = 2")
     with pytest.raises(ConfigError, match="source"):
         Progress(file, key_of(LabOptions()))
-
-
-def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = key_of(LabOptions())["machine"]
-    monkeypatch.setattr(library, "unavailable", lambda: "none were built")
-    assert first["cpu_kernels"] == library.chosen()
-    assert key_of(LabOptions())["machine"] == {**first, "cpu_kernels": "none: none were built"}

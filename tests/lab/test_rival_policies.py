@@ -87,32 +87,6 @@ def test_pooled_chain_prunes_to_the_best_rate_of_all_chains_together() -> None:
     assert len(counts) > 1
 
 
-def test_pooled_chain_drafts_in_full_where_nothing_pays() -> None:
-    """And then verifies nothing: it never decides for plain decoding beforehand."""
-    expensive = CostModel.from_table({1: {1: 1.0, 64: 500.0}}, {1: 0.5})
-    policy = make_policy("pooled_chain", cost=expensive, length=3)
-    rule, trees = likely(policy, state([20, 20]), [0.5, 0.5, 0.5])
-    assert len(trees) == 6
-    assert rule.select(trees).tolist() == []
-
-
-def test_pooled_chain_learns_survival() -> None:
-    policy = make_policy("pooled_chain", cost=stairs(1), length=3)
-    batch = state([20])
-    kept = np.arange(3)
-    before = likely_kept(policy, batch)
-    for _ in range(200):  # nothing is ever accepted
-        rule, trees = likely(policy, batch, [0.9, 0.9, 0.9])
-        policy.observe(Round(batch, rule, trees, kept, np.full(3, -1), np.array([9])))
-    assert likely_kept(policy, batch) < before
-
-
-def likely_kept(policy: Policy, batch: BatchState) -> int:
-    """How many of three confident drafts are verified."""
-    rule, trees = likely(policy, batch, [0.9, 0.9, 0.9])
-    return len(rule.select(trees))
-
-
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_throughput_chain_takes_the_best_length(seed: int, size: int) -> None:

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smart_decoding.cli.main import main
 from smart_decoding.errors import ConfigError, ModelError
 from smart_lab import rounding
-from smart_lab.__main__ import LAB
 
 SAID = """
 Mean PPL(Q)                   :  29.268517 ±   1.0
@@ -50,10 +48,3 @@ def test_llama_cpps_figures_are_read(tmp_path: Path) -> None:
         rounding.theirs(tmp_path / "m.gguf", "text", 2, programs(tmp_path, "nothing"))
     with pytest.raises(ModelError, match="llama-quantize ended with 3: no room"):
         rounding.theirs(tmp_path / "m.gguf", "text", 2, programs(tmp_path, "no room", 3))
-
-
-def test_a_missing_program_is_told_before_a_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["rounding", "m.gguf", "--llama-cpp", str(tmp_path)], LAB) == 2
-    assert f"{tmp_path} has no llama-quantize" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from smart_decoding.measuring.tasks import DEFAULT_TASKS, TASKS, load_task, ngrams
+from smart_decoding.measuring.tasks import load_task, ngrams
 from smart_decoding.training.seeds import TEXTS
 from smart_lab.suites import LONG_CHARACTERS, edits, long_contexts, solution
 
@@ -71,18 +71,6 @@ def test_edits_hold_the_whole_function_and_one_wish() -> None:
         broken = "has a bug" in prompt
         assert (source != solution(task)) == broken
         assert not broken or "first - " in source
-
-
-def test_a_function_without_arguments_gets_another_edit() -> None:
-    (prompt,) = edits(
-        [{"prompt": "def f():\n", "canonical_solution": "    return 3\n", "entry_point": "f"}]
-    )
-    assert prompt.startswith("Print the arguments")
-
-
-def test_the_default_is_what_it_was() -> None:
-    assert DEFAULT_TASKS == ("code", "maths", "general")
-    assert set(TASKS) >= {*DEFAULT_TASKS, "long", "edit"}
 
 
 @pytest.mark.model

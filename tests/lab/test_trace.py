@@ -11,7 +11,7 @@ from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_lab.recorder import fit_host, measure_host
 from smart_lab.recording import Wide, record
-from smart_lab.replay import HostCosts, Walk, replay
+from smart_lab.replay import HostCosts, replay
 from smart_lab.trace import Trace, read_trace, write_trace
 
 COST = CostModel.from_table({1: {1: 1.0, 64: 2.0}}, {1: 0.1, 64: 0.2}, 0.01)
@@ -69,15 +69,6 @@ def test_a_recording_comes_back_as_it_was(trace, file):
     )
     assert ours == theirs
     assert ours.tokens > ours.rounds
-
-
-def test_each_policy_starts_from_its_own_prior(trace):
-    first, second = trace.policy("smart"), trace.policy("smart")
-    assert first.state.calibration is not second.state.calibration
-    rule = trace.policy("chain").plan(Walk(trace.recording, 2).state())
-    assert rule.ends.tolist() == [worlds.EOS]
-    with pytest.raises(ConfigError, match="no option"):
-        trace.policy("smart", alpha=0.5)
 
 
 def test_other_and_damaged_files_are_refused_in_one_line(file, tmp_path):

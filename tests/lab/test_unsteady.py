@@ -34,18 +34,6 @@ def speedup(
     return ours.tokens_per_s / plain.tokens_per_s, ours.off / ours.rounds
 
 
-def test_states_take_turns_at_the_same_tokens_for_everyone():
-    machines = [Unsteady([FAST, SLOW], 8, 100.0, noise=0.0, seed=3) for _ in range(2)]
-    for tokens, machine in zip((8, 24), machines, strict=True):
-        observed = []
-        for _ in range(2400 // tokens):
-            # the least is no outlier
-            observed.append(min(machine.verify(8, 0.0) for _ in range(9)))
-            machine.advance(tokens)
-        assert {round(seconds, 6) for seconds in observed} == {6.1, 8.0}
-        assert 0.3 < observed.count(min(observed)) / len(observed) < 0.7
-
-
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
 def test_never_slower_where_drafting_does_not_pay_whatever_the_profile_says(trace, factor):
     found, off = speedup(trace, [FAST], askew(FAST, factor, factor), seed=1)

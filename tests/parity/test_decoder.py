@@ -104,12 +104,6 @@ def test_the_experts_that_rows_wake_are_counted(name: str) -> None:
     assert min(experts.per_token + 1, experts.count) <= found[1] <= experts.count
 
 
-def test_the_kernels_find_first_maxima_in_passing() -> None:
-    out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
-    assert out.greedy is not None
-    assert out.greedy.tolist() == out.logits.argmax(1).tolist()
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_shapes_without_kernels_run_on_torch(name: str) -> None:
     model = decoder(name, False)

@@ -28,8 +28,8 @@ def packed(weight: torch.Tensor) -> weights.PackedWeight:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 100])
-@pytest.mark.parametrize("k", [2, 34, 96])
+@pytest.mark.parametrize("n", [1, 31, 32, 100])
+@pytest.mark.parametrize("k", [2, 96])
 def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     """Right, and each row bitwise the same alone and among any others."""
     torch.manual_seed(n)

@@ -13,20 +13,13 @@ from smart_decoding.engine.rows import build_rows
 from smart_decoding.models.families.layer import LinearAttention
 from smart_decoding.models.torch.recurrence import DeltaWeights, RecurrentStates, Steps, mix
 
-from .checkpoints import VOCAB, Memory, decoder, plain_rows, random_trees, span
+from .checkpoints import Memory, plain_rows, random_trees, span
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
 
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
 CPU = torch.device("cpu")
 SHAPES = [LinearAttention(2, 4, 8, 8, 4), LinearAttention(2, 2, 128, 128, 4)]
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_a_forward_without_nodes_leaves_nothing_to_accept(native: bool) -> None:
-    model = decoder("qwen3.5", native)
-    assert model.forward(plain_rows(span(TOKENS[:5], 0, Memory(1).pages(5)))).advance is None
 
 
 class Layer:
@@ -131,11 +124,3 @@ def test_nodes_have_the_bits_of_plain_decoding_and_change_no_state(shape: Linear
     for owner, path in enumerate(accepted):
         alone(owner, path, 7)
         assert_equal_states(layer, owner, 7)
-
-
-def test_no_nodes_are_kept_of_prompts() -> None:
-    layer = Layer(SHAPES[0], 10)
-    rows = plain_rows(span(range(10), 0, Memory(1).pages(10)))
-    _, steps = layer.run(rows, [*range(10)])
-    assert not steps.has_nodes
-    steps.advance([])

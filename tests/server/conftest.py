@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
@@ -46,6 +47,13 @@ def plain(load: Load) -> LLM:
 def running(load: Load) -> Iterator[Running]:
     with serving(load) as server:
         yield server
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    """The official client, without retries."""
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

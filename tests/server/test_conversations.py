@@ -11,7 +11,6 @@ import pytest
 from browsing import (
     DESKTOP,
     FAULTS,
-    PHONE,
     STORED,
     answers_with,
     ask,
@@ -164,18 +163,6 @@ def test_conversations_by_keyboard(running: Running, size: tuple[int, int], sche
         assert background > 600 if scheme == "light" else background < 120
 
 
-def test_the_lists_buttons_have_names(running: Running) -> None:
-    with chatting(running) as (page, _):
-        view_chats(page)
-        chat(page, ("a question", "one"))
-        chats = page.get_by_role("navigation", name="Chats")
-        assert chats.get_by_role("button", name="a question", exact=True).is_visible()
-        page.on("dialog", lambda dialog: dialog.dismiss())
-        chats.get_by_role("button", name="Delete “a question”").click()
-        assert titles(page) == ["a question"]
-        assert shown(page) == ["a question", "one"]
-
-
 def test_esc_closes_the_drawer_and_then_stops_the_answer(running: Running) -> None:
     with chatting(running) as (page, _):
         holding(page)
@@ -187,18 +174,6 @@ def test_esc_closes_the_drawer_and_then_stops_the_answer(running: Running) -> No
         assert page.locator("#chat.busy").count() == 1
         page.keyboard.press("Escape")
         ends(page)
-
-
-def test_a_press_beside_the_drawer_only_closes_it(running: Running) -> None:
-    with chatting(running, PHONE) as (page, _):
-        converse(page, "a question", "one")
-        page.click("#menu")
-        spot = page.locator("#new").bounding_box()
-        page.mouse.click(spot["x"] + spot["width"] - 5, spot["y"] + 5)
-        page.wait_for_selector("#chats", state="hidden")
-        assert shown(page) == ["a question", "one"]
-        page.click("#new")
-        assert shown(page) == []
 
 
 def test_a_conversation_that_is_left_or_deleted_while_it_is_answered(running: Running) -> None:

@@ -9,9 +9,7 @@ import httpx
 import pytest
 from serving import NAME, Running, post, serving
 
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -71,29 +69,6 @@ def test_masks_hold_in_the_server(running: Running) -> None:
     refused = post(running, "/v1/completions", json={**masked, "allowed_token_ids": []})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "allowed_token_ids"
-
-
-def test_bad_words_are_short_and_tokenised_in_a_process_of_their_own(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request_body = {"prompt": [1], "max_tokens": 1, "bad_words": ["a" * 257]}
-    refused = post(running, "/v1/completions", json=request_body)
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "bad_words"
-    assert "at most 256 characters" in refused.json()["error"]["message"]
-    tokens = running.llm.tokenizer.encode("ab", add_special_tokens=False)
-    checked = SamplingParams.checked
-    read = []
-
-    def noted(params: SamplingParams, encode: Any) -> SamplingParams:
-        read.append((encode("ab"), encode(" ab")))
-        return checked(params, encode)
-
-    monkeypatch.setattr(Tokenizer, "encode", None)
-    monkeypatch.setattr(SamplingParams, "checked", noted)
-    request_body["bad_words"] = ["ab"]
-    assert post(running, "/v1/completions", json=request_body).status_code == 200
-    assert [first for first, _ in read] == [tokens]
 
 
 @pytest.mark.parametrize(

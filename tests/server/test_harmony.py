@@ -18,7 +18,6 @@ from smart_decoding.engine.jobs import Chunk
 from smart_decoding.llm import LLM
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.server.answers import ChatForm
-from smart_decoding.server.schemas import ChatRequest
 from smart_decoding.server.tool_text import HarmonyReader
 
 TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>"]
@@ -65,12 +64,6 @@ def running(folder: Path) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture
-def client(running: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def chat(client: openai.OpenAI, **options: Any) -> Any:
     """The answer that the grammar says."""
     extra = {"structured_outputs": {"grammar": ANSWER}, **options.pop("extra_body", {})}
@@ -97,19 +90,6 @@ def test_a_stream_tells_them_apart(client: openai.OpenAI) -> None:
 def test_a_request_may_want_the_text_as_it_is(client: openai.OpenAI, skip: bool) -> None:
     message = chat(client, extra_body={"skip_special_tokens": skip}).choices[0].message
     assert message.content == WHOLE
-
-
-def test_special_tokens_are_kept_and_calls_are_free_where_channels_are_read() -> None:
-    fields = {"messages": ASKED, "tools": [TOOL]}
-    request = ChatRequest.model_validate(fields)
-    assert request.structure() is not None
-    assert request.read_channels()
-    assert request.skip_special_tokens is False
-    assert request.structure() is None
-    for more in ({"skip_special_tokens": True}, {"tool_choice": "required"}):
-        request = ChatRequest.model_validate(fields | more)
-        assert not request.read_channels()
-        assert request.structure() is not None
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -17,14 +17,13 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import NAME, Running, client, post, prepared, serving, slow, wait_for
+from serving import NAME, Running, post, prepared, serving, slow, wait_for
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 from smart_decoding.multimodal import prompts
 from smart_decoding.server import pictures
 from smart_decoding.server.chat import chat_task
-from smart_decoding.server.errors import ApiError
 from smart_decoding.server.schemas import Message
 from smart_decoding.server.tools import Tool, explained
 
@@ -239,35 +238,6 @@ def test_sixteen_large_pictures_cost_little_memory_and_nobody_elses_time(
     assert running.idle()
 
 
-def one_bit(side: int) -> str:
-    buffer = io.BytesIO()
-    Image.new("1", (side, side)).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def test_a_small_picture_does_not_wait_for_a_prompt_of_large_ones(many: list[Running]) -> None:
-    """It took 9 s beside two of these, when a turn was a prompt. Now it waits for one picture."""
-    running = many[0]
-    body = {"model": NAME, "max_tokens": 1, "messages": ask(*[one_bit(7050)] * 16)}
-    small = {**body, "messages": ask(one_colour(40))}
-    own = running.worker.pictures._turns._own
-    url = f"{running.url}/v1/chat/completions"
-    waits = []
-    with client(running) as bystander, ThreadPoolExecutor() as pool:
-        for _ in range(3):
-            sent = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(2)]
-            assert wait_for(lambda: bool("127.0.0.1" in own and own["127.0.0.1"]._waiters))
-            began = time.monotonic()
-            assert bystander.post("/v1/chat/completions", json=small).status_code == 200
-            seconds = time.monotonic() - began
-            assert not all(each.done() for each in sent)
-            assert all(each.result().status_code == 200 for each in sent)
-            waits.append(seconds * 2 * 16 / (time.monotonic() - began))  # in pictures
-            if waits[-1] < 2:
-                break
-    assert min(waits) < 2, waits
-
-
 def test_a_prompt_too_long_is_refused_before_a_picture_is_decoded(
     many: list[Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,23 +291,6 @@ def test_pictures_that_wait_are_bytes_within_bounds_and_are_dropped_at_the_end(
     assert kept
     pictures_kept = [p for r in kept if r.media for p in r.media.pictures]
     assert all(p.pixels is None and p.embeddings is None for p in pictures_kept)
-
-
-def test_newcomers_do_not_go_beyond_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MOST_OF_ONE", 20)
-    monkeypatch.setattr(pictures, "MOST", 40)
-    room = pictures.Pictures()
-    alone = room.hold("alone", 1000)
-    with pytest.raises(ApiError, match="too many"):
-        room.hold("newcomer", 1)
-    room.hold("texts", 0)()
-    alone()
-    held = [room.hold(f"address {i}", 15) for i in range(2)]
-    with pytest.raises(ApiError, match="too many"):
-        room.hold("address 2", 15)
-    for give_back in held:
-        give_back()
-    assert room._held == {}
 
 
 def test_a_server_bounds_the_pixels_of_what_must_be_turned(seeing: Running) -> None:

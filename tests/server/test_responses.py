@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import NAME, Running
+from serving import NAME
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
@@ -34,12 +33,6 @@ TOOL = {"type": "function", "name": "weather", "description": "Of a city", "para
 class Forecast(BaseModel):
     city: Literal["Paris", "Rome"]
     sunny: bool
-
-
-@pytest.fixture
-def client(running: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

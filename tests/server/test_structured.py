@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
 from serving import NAME, Running, post, prepared
 
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -58,12 +56,6 @@ QWEN = (
 )
 
 
-@pytest.fixture
-def client(running: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def holds(text: str) -> dict[str, Any]:
     value = json.loads(text)
     assert set(value) == {"city", "days", "tags"}
@@ -106,17 +98,6 @@ def test_a_schema_is_kept_to_and_the_tokens_are_plain_decodings(
         == expected.outputs[0].text
     )
     assert accepted(running) > before
-
-
-def test_the_clients_own_parser(client: openai.OpenAI) -> None:
-    class Forecast(BaseModel):
-        city: Literal["Paris", "Rome"]
-        sunny: bool
-
-    answer = client.chat.completions.parse(
-        model=NAME, messages=MESSAGES, response_format=Forecast, max_tokens=300
-    )
-    assert answer.choices[0].message.parsed.city in ("Paris", "Rome")
 
 
 def test_any_json_object_and_vllms_other_forms(client: openai.OpenAI, plain: LLM) -> None:
@@ -415,47 +396,27 @@ for _ in range(400):
 NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
 
 
+def schema(value: Any) -> dict[str, Any]:
+    """A response_format."""
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": value}}
+    }
+
+
+def offered(**fields: Any) -> dict[str, Any]:
+    """One tool."""
+    return {"tools": [{"type": "function", "function": {"name": "a", **fields}}]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "json_schema"),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"type": "no"}},
-                }
-            },
-            "no",
-        ),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"not": {}}},
-                }
-            },
-            "not",
-        ),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": NESTED},
-                }
-            },
-            "deep",
-        ),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"const": "\ud800"}},
-                }
-            },
-            "",
-        ),
+        (schema({"type": "no"}), "no"),
+        (schema({"not": {}}), "not"),
+        (schema(NESTED), "deep"),
+        (schema({"const": "\ud800"}), ""),
         (
             {"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}},
             "exclude each other",
@@ -466,59 +427,13 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
         ({"structured_outputs": {"regex": "("}}, "regex"),
         ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "x"}}, "not supported"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
+        (offered(name="a b"), "name"),
         ({"tools": [TOOLS[1], TOOLS[1]]}, "same name"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
-        (
-            {
-                "tools": [
-                    {"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}
-                ]
-            },
-            "object",
-        ),
-        (
-            {
-                "tools": [
-                    {
-                        "type": "function",
-                        "function": {
-                            "name": "a",
-                            "parameters": {"propertyNames": {}},
-                            "strict": True,
-                        },
-                    }
-                ]
-            },
-            "tools",
-        ),
-        (
-            {
-                "tools": [
-                    {"type": "function", "function": {"name": "a", "parameters": NESTED_OBJECT}}
-                ]
-            },
-            "deep",
-        ),
-        (
-            {
-                "tools": [
-                    {
-                        "type": "function",
-                        "function": {"name": "a", "parameters": {"title": "\ud800"}},
-                    }
-                ]
-            },
-            "surrogate",
-        ),
-        (
-            {
-                "tools": [
-                    {"type": "function", "function": {"name": "a", "parameters": {"x": math.nan}}}
-                ]
-            },
-            "float",
-        ),
+        (offered(parameters={"type": "array"}), "object"),
+        (offered(parameters=NESTED_OBJECT), "deep"),
+        (offered(parameters={"title": "\ud800"}), "surrogate"),
+        (offered(parameters={"x": math.nan}), "float"),
         ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "exclude each other"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         (
@@ -568,8 +483,7 @@ def test_a_call_that_was_cut_may_be_sent_back(running: Running, arguments: str) 
 def test_tools_of_any_schema_may_be_offered(running: Running, strict: bool | None) -> None:
     """What cannot be kept to is left out, unless it is asked for."""
     parameters = {"properties": {"a": {"type": "integer"}}, "propertyNames": {"pattern": "a"}}
-    function = {"name": "f", "parameters": parameters, "strict": strict}
-    tools = [{"type": "function", "function": function}]
-    body = {"model": NAME, "messages": MESSAGES, "max_tokens": 2, "tools": tools}
+    tool = offered(parameters=parameters, strict=strict)
+    body = {"model": NAME, "messages": MESSAGES, "max_tokens": 2, **tool}
     answered = post(running, "/v1/chat/completions", json=body)
     assert answered.status_code == (400 if strict else 200), answered.text

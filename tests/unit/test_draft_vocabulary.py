@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.mtp import mtp_files
 from smart_decoding.models.heads.vocabulary import DraftVocabulary
-from smart_decoding.models.heads.weights import HeadWeights
 
 from ..parity.reference_head import PAGES, SCRATCH, check
 from .drafters.tiny import ways_to_run
@@ -113,29 +110,6 @@ def test_what_was_said_is_proposed(
         trees = drafting.round()
         there = [*range(117), 140, 250, 299]
         check(trees, Expected(kind, drafting.request.tokens, there, weights).probs)
-
-
-def test_rows_of_the_output_matrix_are_kept_packed_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As floats they would be four times as large."""
-    read: list[weakref.ref[torch.Tensor]] = []
-    rows_of = HeadWeights.rows_of
-
-    def noted(self: HeadWeights, tokens: torch.Tensor) -> torch.Tensor:
-        rows = rows_of(self, tokens)
-        read.append(weakref.ref(rows))
-        return rows
-
-    monkeypatch.setattr(HeadWeights, "rows_of", noted)
-    path = file_of(tmp_path, "qwen35", "tiny.gguf", tensors())
-    if ways_to_run(load_checkpoint(path).config) == [False]:
-        pytest.skip("the kernels cannot run here")
-    drafting = drafting_of(path, 120, native=True)
-    drafting.round()
-    gc.collect()
-    assert read
-    assert not any(rows() is not None for rows in read)
 
 
 def test_heads_of_the_same_files_change_apart(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import collections
 import functools
 import re
+import subprocess
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_a_package_says_what_lives_there() -> None:
 def test_the_formatter_formats_everything() -> None:
     packed = [path for path in SOURCE.rglob("*.py") if "# fmt:" in path.read_text(encoding="utf-8")]
     assert packed == []
+
+
+def test_the_makefile_names_files_that_are_there() -> None:
+    """Targets that CI does not call would else fail for the next who calls them."""
+    root = SOURCE.parents[1]
+    targets = re.findall(r"^(test[a-z-]*):", (root / "Makefile").read_text(), re.MULTILINE)
+    commands = subprocess.run(
+        ["make", "--dry-run", *targets], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    named = set(re.findall(r"\b(?:tests|tools|benchmarks|examples)/[\w/.-]+", commands))
+    assert len(named) > 20  # files are found at all
+    assert [name for name in sorted(named) if not (root / name).exists()] == []
 
 
 def test_chains_of_imports_are_short() -> None:

@@ -14,7 +14,6 @@ import torch
 from gguf import GGMLQuantizationType
 
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.core.calibration import Calibration
 from smart_decoding.kernels import library, ops
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.registry import shipped_head
@@ -60,7 +59,6 @@ def prior() -> dict[str, Any]:
 
 XEON = {EXACT: by_rows(83, 86, 91, 155), ROUNDED: by_rows(40, 50, 67, 219)}
 OTHER_XEON = {EXACT: by_rows(54.1, 55.3, 58.6, 84.2), ROUNDED: by_rows(38.5, 46.8, 55.4, 129.1)}
-ZEN5 = {EXACT: by_rows(22.8, 32.1, 47.3, 134), ROUNDED: by_rows(14.1, 19.4, 30.8, 106)}
 
 
 def test_one_request_on_a_xeon_has_8_bits_whatever_its_instruction_set_is_called() -> None:
@@ -81,12 +79,6 @@ def test_a_full_queue_on_a_xeon_has_tiles() -> None:
     )
 
 
-def test_no_name_decides() -> None:
-    assert fastest(OTHER_XEON, 8, prior()).way == EXACT
-    for size in (1, 8, 32):
-        assert fastest(ZEN5, size, prior()).way == ROUNDED
-
-
 def test_the_prediction_is_of_drafting_rounds_too() -> None:
     """One row says 1.4 times as fast, and four rows 1.25: drafts need several."""
     plain = OTHER_XEON[EXACT][1] / OTHER_XEON[ROUNDED][1]
@@ -95,14 +87,6 @@ def test_the_prediction_is_of_drafting_rounds_too() -> None:
     assert plain > 1.4
     assert found[EXACT] > 1 / OTHER_XEON[EXACT][1]
     assert 1.0 < found[ROUNDED] / found[EXACT] < plain - 0.1
-
-
-def test_a_head_that_is_never_right_leaves_plain_decoding() -> None:
-    never = Calibration.from_state(
-        {"curve": (Calibration().prior * 0).tolist(), "counts": (Calibration().prior * 0 + 40)}
-    )
-    rate = ways.predicted_rate(XEON[ROUNDED], XEON[ROUNDED], 1, {"calibration": never})
-    assert rate == pytest.approx(1 / (XEON[ROUNDED][1]), rel=0.02)
 
 
 def test_near_ties_are_exact_and_three_ways_are_compared() -> None:
@@ -289,18 +273,6 @@ def test_seconds_measured_beside_other_work_count_for_an_hour(
     assert starts(1) == 1 + busy
 
 
-def test_a_kept_choice_that_is_damaged_is_measured_again(
-    tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint = tiny(tmp_path)
-    choice = choose(checkpoint, "auto", 1, {})
-    (path,) = (own_cache / "profiles").iterdir()
-    path.write_text(path.read_text().replace('"32": ', '"33": '))
-    choose(checkpoint, "auto", 1, {})
-    assert "cannot be used" in caplog.text
-    assert choice.reason
-
-
 def test_options_and_smart_isa_fix_it(
     two_variants: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,15 +287,6 @@ def test_options_and_smart_isa_fix_it(
     monkeypatch.setattr(library, "candidates", lambda: [second])
     for activations in ("exact", "int8"):  # nothing is left to choose from
         assert choose(checkpoint, activations, 1, {}) == ways.ChosenWay(Way(second, activations))
-
-
-def test_for_real_with_two_variants(two_variants: tuple[str, str], tmp_path: Path) -> None:
-    choice = choose(tiny(tmp_path), "auto", 1, {})
-    assert choice.way.variant in two_variants
-    assert library.library() is library.load(choice.way.variant)
-    for way in (Way(name, form) for name in two_variants for form in ("exact", "int8")):
-        assert (way == choice.way) == choice.reason.startswith(str(way))
-        assert str(way) in choice.reason
 
 
 def test_an_engine_answers_as_one_whose_options_name_the_choice(

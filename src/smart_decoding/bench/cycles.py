@@ -23,6 +23,13 @@ WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 Prompts = Mapping[str, Sequence[Prompt]]  # by task
 Cycle = dict[str, Block]  # by arm
 Rounds: TypeAlias = Generator[int, None, Block]
+Order: TypeAlias = Callable[[list[str], int, int], list[str]]  # of arms, cycle's number, tasks
+
+
+def rotated(labels: list[str], number: int, tasks: int) -> list[str]:
+    """Return the arms of a cycle in order: each begins as often as the others on each task."""
+    start = sum(divmod(number, tasks)) % len(labels)
+    return labels[start:] + labels[:start]
 
 
 def measure(
@@ -31,23 +38,31 @@ def measure(
     batch_size: int,
     late: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
+    first: int = 0,
+    closed: bool = False,
+    order: Order = rotated,
 ) -> Iterator[Cycle]:
-    """Run the engines in turns over all prompts (task -> prompts), and yield each cycle, until done
-    or `late`. They hold requests at once, in shared KV memory or their own.
+    """Run the engines in turns over all prompts (task -> prompts), and yield each cycle from number
+    `first` on, until done or `late`. They hold requests at once, in shared KV memory or their own.
+    closed: no other request takes the place of one that ends. order: the arms of a cycle.
 
     A cycle cut by the time is dropped, so that all arms have answered the same prompts."""
+    cycles = list(cycles_of(prompts, batch_size))
+    if first == len(cycles):
+        return
     with undisturbed():
         for engine in engines.values():
             warm_up(engine, prompts, batch_size, clock)
-        for number, (chunk, fillers) in enumerate(cycles_of(prompts, batch_size)):
+        for number, (chunk, fillers) in enumerate(cycles[first:], first):
+            behind = None if closed else fillers
             blocks = {
-                label: rounds_of(engines[label], chunk, fillers, batch_size, clock)
-                for label in rotated(list(engines), number, len(prompts))
+                label: rounds_of(engines[label], chunk, behind, batch_size, clock)
+                for label in order(list(engines), number, len(prompts))
             }
             cycle = in_turns(blocks, batch_size, late)
             if cycle is None:
                 return
-            yield {label: cycle[label] for label in engines}
+            yield {label: cycle[label] for label in engines if label in cycle}
 
 
 @contextmanager
@@ -83,12 +98,6 @@ def in_turns(blocks: Mapping[str, Rounds], tokens: int, late: Callable[[], bool]
     finally:
         for block in blocks.values():
             block.close()
-
-
-def rotated(labels: list[str], number: int, tasks: int) -> list[str]:
-    """Return the arms of a cycle in order: each begins as often as the others on each task."""
-    start = sum(divmod(number, tasks)) % len(labels)
-    return labels[start:] + labels[:start]
 
 
 def cycles_of(

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
-from pathlib import Path
+from argparse import ArgumentTypeError, Namespace, _ActionsContainer
 
 from smart_decoding.errors import ConfigError
-
-
-class Gone(Action):
-    """A removed option. It ends the program with the text in `const`, which names its successor."""
-
-    def __call__(
-        self, parser: ArgumentParser, _: object, __: object, option: str | None = None
-    ) -> None:
-        """End the program."""
-        parser.error(f"{option} {self.const}")
 
 
 def add_threads(parser: _ActionsContainer) -> None:
@@ -41,17 +29,6 @@ def refuse_windows(command: str) -> None:
         from smart_decoding.kernels.library import INSTEAD  # no other system needs it
 
         raise ConfigError(f"{command} does not run on {INSTEAD['win32']}")
-
-
-def program_here(name: str) -> str:
-    """Return how a program of this Python's environment is called: by its name where that leads to
-    it, else by its path, from the current folder if it lies in it."""
-    place = Path(sys.executable).with_name(name)
-    found = shutil.which(name)
-    if not place.exists() or (found and Path(found).samefile(place)):
-        return name
-    here = Path.cwd()
-    return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
 
 def use_threads(count: int | None) -> None:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import program_here
 from smart_decoding.cli.model_options import add_allow_slow
 from smart_decoding.cli.run import chat_prompt, show_steps
 from smart_decoding.cli.tree_picture import draw_tree, legend, wants_colour
@@ -114,11 +113,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def what_next() -> str:
-    """Return what to try next, first how to have `smart` on the path where it is not."""
-    first = {f". {program_here('activate')}": "puts smart on the path"}
-    commands = NEXT if program_here("smart") == "smart" else first | NEXT
+    """Return commands to try next."""
     width = max(map(len, NEXT))
-    lines = (f"  {command:<{width}}  {result}" for command, result in commands.items())
+    lines = (f"  {command:<{width}}  {result}" for command, result in NEXT.items())
     return "\n".join(["what to try next:", *lines])
 
 

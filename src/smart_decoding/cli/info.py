@@ -43,12 +43,14 @@ def main(args: argparse.Namespace) -> None:
 def gather() -> dict[str, Any]:
     """Return everything, as --json prints it."""
     from smart_decoding.measuring.machine import machine, version_of, versions
+    from smart_decoding.profiling.cache import told
 
+    root = cache_dir()
     return {
         "kernels": kernels(),
         "machine": {**machine(), "cpus": os.cpu_count()},
-        "auto": choices(),
-        "cache": cache(),
+        "auto": told(),  # what activations="auto" chose and why, by model and number of requests
+        "cache": {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())},
         "versions": versions(),
         "optional": {name: version_of(name) for name in OPTIONAL},
         "methods": [method for method in METHODS if method != "none"],
@@ -87,20 +89,6 @@ def _refusal(variant: Any) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
-
-
-def choices() -> dict[str, dict[str, str]]:
-    """Return what activations="auto" chose and why, by model and number of requests."""
-    from smart_decoding.profiling.cache import told
-
-    return told()
-
-
-def cache() -> dict[str, Any]:
-    """Return the folders of our cache and the hub's, and our bytes. `smart models` lists their
-    contents."""
-    root = cache_dir()
-    return {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())}
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

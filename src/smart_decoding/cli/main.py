@@ -38,17 +38,7 @@ _SUMMARIES = {
     "tune": "find out whether speculation pays in your llama.cpp, vLLM or SGLang, and how",
 }
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
-COMMANDS = {
-    name: (summary, f"smart_decoding.cli.{name.replace('-', '_')}")
-    for name, summary in _SUMMARIES.items()
-}
-# Subcommand that is gone: the command that took its place.
-MOVED = {
-    "report": "python -m smart_lab report, in a clone (docs/lab.md)",
-    "simulate": "python -m smart_lab simulate, in a clone (docs/lab.md)",
-    "vllm-config": "smart tune vllm MODEL (docs/tune.md)",
-    "sglang-costs": "smart tune sglang --bench-serving STEPS=FILE ... (docs/tune.md)",
-}
+COMMANDS = {name: (summary, f"smart_decoding.cli.{name}") for name, summary in _SUMMARIES.items()}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,13 +46,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Program:
-    """A command line: its name, what it is, its subcommands as in COMMANDS and MOVED, and other
-    programs' names of them."""
+    """A command line: its name, what it is, its subcommands as in COMMANDS, and other programs'
+    names of them."""
 
     name: str
     description: str
     commands: Mapping[str, tuple[str, str]]
-    moved: Mapping[str, str] = field(default_factory=dict)
     meant: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,7 +59,6 @@ SMART = Program(
     "smart",
     "Speculative decoding with draft trees sized by their cost.",
     COMMANDS,
-    MOVED,
     habits.COMMANDS,
 )
 
@@ -238,42 +226,27 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
         sentence = f"{summary[0].upper()}{summary[1:]}."
         sub = commands.add_parser(name, help=summary, description=sentence, parents=[common])
         if name == command:
-            _import(f"{program.name} {name}", module).add_arguments(sub)
+            import_module(module).add_arguments(sub)
             habits.take(sub)
     return parser
 
 
 def _run(arguments: Sequence[str], program: Program) -> int:
-    known = {*program.commands, *program.moved}
     # Options before it take no values.
-    command = next((word for word in arguments if word in known), None)
-    if command is not None and command in program.moved:
-        raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
+    command = next((word for word in arguments if word in program.commands), None)
     parser = build_parser(command, program)
     if not arguments:
         parser.print_help()
         return 0
     first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in known:
+    if first is not None and first not in program.commands:
         close = get_close_matches(first, {**program.commands, **program.meant}, 1)
         if close:
             meant = program.meant.get(close[0], close[0])
             parser.error(f"no command {first!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
     use_threads(getattr(args, "threads", None))
-    module = _import(f"{program.name} {args.command}", program.commands[args.command][1])
-    return module.main(args) or 0
-
-
-def _import(command: str, name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
-            raise ConfigError(
-                f"'{command}' is not part of this installation ({name} is missing)"
-            ) from error
-        raise
+    return import_module(program.commands[args.command][1]).main(args) or 0
 
 
 def _one_line(text: str) -> str:

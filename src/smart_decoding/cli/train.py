@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Gone
 from smart_decoding.cli.model_options import add_allow_slow
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
@@ -32,8 +31,6 @@ TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart train`."""
     add = parser.add_argument
-    renamed = "is called --aux-layers now"
-    add("--taps", nargs="?", action=Gone, const=renamed, help=argparse.SUPPRESS)
     add(
         "-m",
         "--model",

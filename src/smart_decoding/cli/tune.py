@@ -9,13 +9,10 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from smart_decoding import __version__
 from smart_decoding.cli.arguments import refuse_windows, whole_numbers
@@ -32,7 +29,6 @@ from smart_decoding.measuring.machine import machine
 from smart_decoding.measuring.resume import Progress
 from smart_decoding.measuring.tasks import load_task
 from smart_decoding.options import mapping
-from smart_decoding.progress import on_terminal
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.engines import Tunable
@@ -228,8 +224,8 @@ def _searched(
         key["machine"] = machine()
     progress = Progress(args.resume, key)
     left = stop - time.monotonic()
-    with ending_with_us(), _bar(left) as tell:
-        search = Search(engine, Prompts(texts), progress, stop, tell)
+    with ending_with_us():
+        search = Search(engine, Prompts(texts), progress, stop, _tell)
         try:
             with time_limit(left):
                 search.run(sorted(set(args.loads)))
@@ -243,25 +239,10 @@ def _choices(args: argparse.Namespace, search: Search) -> list[LoadResult]:
     return [choice for choice in found if choice is not None]
 
 
-@contextmanager
-def _bar(limit: float) -> Iterator[Any]:
-    """Yield a function that takes a line on what is measured, and the share of all work that is
-    done. Off a terminal it prints the line."""
-    if not on_terminal():
-        yield lambda line, done: print(f"smart: {line}", file=sys.stderr) if line else None
-        return
-    started = time.monotonic()
-    shown = "{percentage:3.0f}%|{bar:20}| {postfix}"
-    with tqdm(total=1.0, bar_format=shown, leave=False, mininterval=0.0) as bar:
-
-        def tell(line: str, done: float) -> None:
-            spent = time.monotonic() - started
-            bar.n = done
-            left = min(limit - spent, spent / done * (1.0 - done) if done else limit)
-            minutes, seconds = divmod(max(0, int(left)), 60)
-            bar.set_postfix_str(f"{minutes}:{seconds:02} left at most, {line}"[:110])
-
-        yield tell
+def _tell(line: str, done: float) -> None:
+    """Print what is measured, behind the share of all work that is done."""
+    if line:
+        print(f"smart: {100 * done:.0f} %, {line}", file=sys.stderr)
 
 
 def _checked(

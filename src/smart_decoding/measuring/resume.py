@@ -8,7 +8,6 @@ two programs or machines do not belong into one table.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,19 @@ class Progress:
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, _through_json(dict(key))
-        self._units: dict[str, list[str]] = defaultdict(list)
+        self._units: dict[str, list[Any]] = {}
         if path is not None and path.exists():
             self._read(path)
 
     def units(self, name: str) -> list[Any]:
         """Return what was finished under a name, in order."""
-        return [json.loads(unit) for unit in self._units.get(name, ())]
+        return list(self._units.get(name, ()))
 
     def add(self, name: str, unit: Any) -> None:
         """Keep one more unit, on disk before this returns."""
-        self._units[name].append(json.dumps(unit))
+        self._units.setdefault(name, []).append(_through_json(unit))
         if self._path is not None:
-            write_text(self._path, self._text())
+            write_text(self._path, json.dumps({"key": self._key, "units": self._units}) + "\n")
 
     def agree(self, name: str, value: Any) -> None:
         """Add to the key what was not known before. Raises ConfigError if the file has another
@@ -55,7 +54,7 @@ class Progress:
             if found.get(name) != value:
                 raise ConfigError(self._refusal(name, found.get(name), value))
         self._key = found
-        self._units.update({name: [json.dumps(unit) for unit in of] for name, of in units.items()})
+        self._units = units
 
     def _refusal(self, name: str, theirs: Any, ours: Any) -> str:
         theirs, ours, name = _difference(theirs, ours, name)
@@ -63,12 +62,6 @@ class Progress:
             f"{self._path} is of another run ({name} {theirs} there, {ours} here): "
             "give the same options on the same machine and source, or another file"
         )
-
-    def _text(self) -> str:
-        units = ",\n".join(
-            f"{json.dumps(name)}: [{','.join(of)}]" for name, of in self._units.items()
-        )
-        return f'{{"key": {json.dumps(self._key)},\n"units": {{{units}}}}}\n'
 
 
 def _difference(theirs: Any, ours: Any, name: str) -> tuple[Any, Any, str]:

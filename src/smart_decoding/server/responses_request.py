@@ -16,8 +16,8 @@ from smart_decoding.server.schemas import (
     Sampling,
     TemplateVariables,
 )
-from smart_decoding.server.structure import JsonObjectFormat, NamedSchema, TextFormat
-from smart_decoding.server.tools import MAX_TOOLS, Function
+from smart_decoding.server.structure import NamedSchema, PlainFormat
+from smart_decoding.server.tools import MAX_TOOLS, CalledFunction, Function, NamedFunction
 
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
@@ -92,13 +92,11 @@ class InputMessage(_Item):
         return {"role": self.role, "content": parts}
 
 
-class InputCall(_Item):
+class InputCall(_Item, CalledFunction):
     """A call in an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Text
-    name: Text
-    arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
     def plain(self) -> Json:
         """Return the same in the form of a chat."""
@@ -157,11 +155,10 @@ class FunctionTool(Function):
         return data
 
 
-class ToolChoiceFunction(Body):
+class ToolChoiceFunction(NamedFunction):
     """`tool_choice` with a name."""
 
     type: Literal["function"]
-    name: Text
 
 
 class TextJsonSchema(NamedSchema):
@@ -173,10 +170,7 @@ class TextJsonSchema(NamedSchema):
 class TextConfig(Body):
     """The required form of the text."""
 
-    format: (
-        Annotated[TextFormat | JsonObjectFormat | TextJsonSchema, Field(discriminator="type")]
-        | None
-    ) = None
+    format: Annotated[PlainFormat | TextJsonSchema, Field(discriminator="type")] | None = None
 
     def response_format(self) -> Json | None:
         """Return the same in the form of a chat."""

@@ -11,16 +11,10 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.server.body import FAST, Body, Text, check_json
 
 
-class TextFormat(Body):
-    """Any text."""
+class PlainFormat(Body):
+    """Any text, or any JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Body):
@@ -44,18 +38,15 @@ class JsonSchemaFormat(Body):
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
-]
+ResponseFormat = Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-def schema_of(
-    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
-) -> dict[str, Any] | None:
+def schema_of(response_format: PlainFormat | JsonSchemaFormat | None) -> dict[str, Any] | None:
     """Return the JSON schema that a response format means, or None for plain text."""
     if isinstance(response_format, JsonSchemaFormat):
         return response_format.json_schema.schema_
-    return {"type": "object"} if isinstance(response_format, JsonObjectFormat) else None
+    is_object = response_format is not None and response_format.type == "json_object"
+    return {"type": "object"} if is_object else None
 
 
 class StructuredOutputs(Body):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from smart_decoding.models.text.harmony import HarmonyText
 from smart_decoding.server.tools import CLOSING, OPENING
@@ -28,75 +29,71 @@ class Pieces(NamedTuple):
     reasoning: str = ""
 
 
-class AnswerReader(Protocol):
+class AnswerReader(ABC):
     """Splits one answer's text as it grows."""
 
+    def __init__(self) -> None:
+        self._calls = -1  # index of the present call
+
     @property
+    @abstractmethod
     def complete(self) -> bool:
         """Whether the answer ended with a whole call."""
 
+    @abstractmethod
+    def _parts(self, text: str, end: str | None) -> Iterator[tuple[str, str]]:
+        """Add `text`; yield what is new: of a `Part`'s kind, and its text."""
+
     def feed(self, text: str, end: str | None) -> Pieces:
         """Add `text`; return what is new. end: why the answer ended, None: more may follow."""
+        found = {"content": "", "reasoning": ""}
+        calls: list[Json] = []
+        for kind, piece in self._parts(text, end):
+            if kind == "call":
+                self._calls += 1
+                calls.append(_begun_call(self._calls, piece))
+            elif kind != "arguments":
+                found[kind] += piece
+            elif calls:
+                calls[-1]["function"]["arguments"] += piece
+            elif piece:  # of a call that has begun earlier
+                calls.append({"index": self._calls, "function": {"arguments": piece}})
+        return Pieces(found["content"], calls, found["reasoning"])
 
 
-class HarmonyReader:
+class HarmonyReader(AnswerReader):
     """An answer of gpt-oss: its channels are reasoning, content and calls."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._text = HarmonyText()
-        self._calls = -1  # index of the present call
 
     @property
     def complete(self) -> bool:
         """See `AnswerReader`."""
         return self._text.calls
 
-    def feed(self, text: str, end: str | None) -> Pieces:
-        """See `AnswerReader`."""
-        found = {"content": "", "reasoning": ""}
-        calls: list[Json] = []
-        for kind, piece in self._text.feed(text, end is not None):
-            if kind == "call":
-                self._calls += 1
-                calls.append(_begun_call(self._calls, piece))
-            elif kind == "arguments":
-                _add_arguments(calls, self._calls, piece)
-            else:
-                found[kind] += piece
-        return Pieces(found["content"], calls, found["reasoning"])
+    def _parts(self, text: str, end: str | None) -> Iterator[tuple[str, str]]:
+        return self._text.feed(text, end is not None)
 
 
-class ToolText:
+class ToolText(AnswerReader):
     """Splits one answer's text into content and calls. The grammar keeps the form."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._place: Literal["content", "head", "arguments", "after"] = "content"
         self._rest = ""
         self._found = False  # whether the last marker looked for was there
         self._arguments = ""  # of the present call
-        self._calls = -1  # index of the present call
 
     @property
     def complete(self) -> bool:
-        """Whether the answer ended with a whole call."""
+        """See `AnswerReader`."""
         return self._place == "after"
 
-    def feed(self, text: str, end: str | None) -> Pieces:
-        """See `AnswerReader`."""
+    def _parts(self, text: str, end: str | None) -> Iterator[tuple[str, str]]:
         self._rest += text
-        content = ""
-        calls: list[Json] = []
-        for kind, piece in self._pieces(end):
-            if kind == "content":
-                content += piece
-            elif kind == "name":
-                self._calls += 1
-                calls.append(_begun_call(self._calls, piece))
-            else:
-                _add_arguments(calls, self._calls, piece)
-        return Pieces(content, calls)
-
-    def _pieces(self, end: str | None) -> Iterator[tuple[str, str]]:
         while True:
             if self._place == "content":
                 yield "content", self._until(OPENING, end == "stop")
@@ -107,7 +104,7 @@ class ToolText:
                 head = _HEAD.match(self._rest)
                 if head is None:
                     return
-                yield "name", head[1]
+                yield "call", head[1]
                 self._rest = self._rest[head.end() :]
                 self._place = "arguments"
                 self._arguments = ""
@@ -146,14 +143,6 @@ class ToolText:
         held = max(count for count in begun if text.endswith(marker[:count]))
         self._rest = rest if found else text[len(text) - held :]
         return text[: len(text) - held]
-
-
-def _add_arguments(calls: list[Json], index: int, piece: str) -> None:
-    """Add to the arguments of the last of these calls, or go on with an earlier one."""
-    if calls:
-        calls[-1]["function"]["arguments"] += piece
-    elif piece:
-        calls.append({"index": index, "function": {"arguments": piece}})
 
 
 def _begun_call(index: int, name: str) -> Json:

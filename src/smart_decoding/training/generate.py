@@ -118,7 +118,6 @@ class _Conversations:
         self._recorder = recorder
         self._rng = rng
         self._turn = turn
-        self._salt = writer.shards  # names of requests differ from run to run
         # Prompts whose answers are recorded: the same answer again would teach nothing new.
         self._recorded: set[tuple[object, ...]] = {*writer.prompts()}
         self._count = 0
@@ -182,7 +181,7 @@ class _Conversations:
     def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> str:
         """Return the request's id."""
         self._count += 1
-        name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
+        name = f"{'answer' if record else 'turn'}-{self._count}"
         if record:
             self._recorder.request_ids.add(name)
         self._llm.engine.add_request(name, prompt.tokens, params, prompt.media)

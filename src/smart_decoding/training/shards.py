@@ -9,11 +9,10 @@ bf16 [m, hidden], the target's input in these rows.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smart_decoding.files import reading
+from smart_decoding.files import reading, whole
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -69,7 +68,7 @@ class Writer:
         self.folder = folder
         found = shards_in(folder)
         self.tokens = sum(_header(path)["tokens"][0] for path in found)
-        self.shards = 1 + max((int(path.stem.rpartition("-")[2]) for path in found), default=-1)
+        self.shards = 1 + max((int(path.stem.split("-")[1]) for path in found), default=-1)
         self._items: list[Recorded] = []
         self._tokens = 0
 
@@ -96,28 +95,13 @@ class Writer:
         """Write the remaining conversations as a last shard."""
         if not self._items:
             return
-        path, scratch = self._next()
-        try:
+        # Another process may write to the folder, and then takes the same number.
+        name = f"shard-{self.shards:04d}-{uuid4().hex[:8]}.safetensors"
+        with whole(self.folder / name) as scratch:
             save_file(_joined(self._items), scratch)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
         self.shards += 1
         self._items = []
         self._tokens = 0
-
-    def _next(self) -> tuple[Path, Path]:
-        """Return the next shard's path, and its scratch file, which reserves the name among
-        writers."""
-        while True:
-            path = self.folder / f"shard-{self.shards:04d}.safetensors"
-            scratch = path.with_name(f"{path.name}.partial")
-            with suppress(FileExistsError):
-                scratch.touch(exist_ok=False)
-                if not path.exists():
-                    return path, scratch
-                scratch.unlink()
-            self.shards += 1
 
 
 def _joined(items: list[Recorded]) -> dict[str, Tensor]:

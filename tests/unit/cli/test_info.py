@@ -7,11 +7,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-import smart_decoding
 from smart_decoding.cli import info
 from smart_decoding.cli import main as cli
 from smart_decoding.core.costs import CostModel
@@ -70,15 +68,6 @@ def test_a_choice_that_cannot_run_is_told_and_no_error(
     assert second.startswith("  ")  # the variants are listed all the same
 
 
-def test_a_choice_of_the_users_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    last = library.runnable()[-1]
-    library.best.cache_clear()
-    monkeypatch.setenv("SMART_ISA", last)
-    found = info.kernels()
-    library.best.cache_clear()
-    assert (found["chosen"], found["why"]) == (last, "named by SMART_ISA")
-
-
 def test_choices_of_auto_are_told_with_their_reasons(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,21 +81,6 @@ def test_choices_of_auto_are_told_with_their_reasons(
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert "  tiny: 8 bits on amx, 1.50 times as fast\n  tiny: exact on amx\n" in text
-
-
-def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
-    found = shown(capsys)
-    assert found["machine"]["threads"] == torch.get_num_threads()
-    assert found["machine"]["cpus"] >= 1
-    assert found["machine"]["machine"] == platform.machine()
-    expected = {
-        "smart-decoding": smart_decoding.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-    assert expected.items() <= found["versions"].items()
-    assert found["versions"]["torch"] == torch.__version__
-    assert set(found["optional"]) == set(info.OPTIONAL)
 
 
 def test_the_size_of_the_cache(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +100,3 @@ def test_the_text_has_it_all_and_loads_no_model(
     assert text.endswith("what can draft: eagle, mtp, draft_model, ngram, union\n")
     for words in ("runs here\n", f"cache: {own_cache}, 3 MB\n", *machine):
         assert words in text
-
-
-def test_an_empty_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMART_CACHE", str(tmp_path / "none"))
-    assert info.cache()["bytes"] == 0

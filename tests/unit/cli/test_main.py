@@ -64,16 +64,6 @@ def test_a_full_disk_is_no_defect(fake: type[FakeLLM], capsys: pytest.CaptureFix
     assert "No space left on device: make room there" in capsys.readouterr().err
 
 
-def test_no_home_is_no_defect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A user id without a name, as in a container."""
-    monkeypatch.delenv("HOME")
-    monkeypatch.delenv("SMART_CACHE", raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert "no home folder for the cache: set SMART_CACHE" in fails(capsys, "models", "list")
-
-
 @pytest.mark.parametrize("option", ["run -f", "run --batch", "serve --config"])
 def test_a_file_that_is_not_there_is_named_once(
     option: str, capsys: pytest.CaptureFixture[str]
@@ -86,23 +76,6 @@ def test_interruption(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -
     fake.failure = KeyboardInterrupt()
     assert cli.main(["run", "hi"]) == 130
     assert capsys.readouterr().err.strip() == "smart: interrupted"
-
-
-def test_a_command_that_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "smart_decoding.nowhere.cli"))
-    assert "'smart train' is not part of this installation" in fails(capsys, "train")
-    assert cli.main(["models"]) == 0
-
-
-def test_a_broken_import_inside_a_command_is_not_hidden(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "needs_more.py").write_text("import no_such_library")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(cli.COMMANDS, "train", ("train", "needs_more"))
-    assert "No module named 'no_such_library'" in fails(capsys, "train", code=1)
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +93,8 @@ def test_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str
     ("given", "meant"),
     [
         ("generate", "run"),
-        ("list", "models list"),
         ("pull", "models pull"),
         ("serv", "serve"),
-        ("server", "serve"),
-        ("lst", "models list"),
     ],
 )
 def test_what_was_meant_by_a_command(
@@ -137,15 +107,6 @@ def test_what_was_meant_by_a_command(
 def test_what_was_meant_by_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean list?" in fails(capsys, "models", "lst")
     assert "did you mean bf16?" in fails(capsys, "run", "hi", "--dtype", "bf61")
-
-
-@pytest.mark.parametrize("command", ["simulate", "report"])
-def test_a_command_that_moved_is_said_to_be_elsewhere(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert f"is now python -m smart_lab {command}, in a clone" in fails(
-        capsys, command, "--prompts", "3"
-    )
 
 
 def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -254,22 +215,6 @@ def test_a_closed_stream_is_no_defect(
         closing, env=env, input="hi\n", capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == expected
-
-
-def test_what_libraries_print_reaches_no_file(tmp_path: Path) -> None:
-    """A file that is opened while standard error is closed got its number."""
-    program = (
-        "import os, sys\n"
-        "from smart_decoding.cli.main import main\n"
-        "main(['models'])\n"
-        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
-        "os.write(2, b'printed')\n"
-        "sys.exit(file.fileno() <= 2)\n"
-    )
-    closing = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
-    done = subprocess.run(closing, stdout=subprocess.PIPE, timeout=60)
-    assert done.returncode == 0
-    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_public_names() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -148,21 +146,6 @@ def test_allow_slow_reaches_the_model(
     assert calls == [False, True]
 
 
-def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[bool] = []
-
-    class Fake:
-        def __init__(self, model: str, allow_slow: bool, **options: Any) -> None:
-            calls.append(allow_slow)
-
-    monkeypatch.setattr(llm_module, "LLM", Fake)
-    monkeypatch.setattr(launch, "serve", lambda load, settings: 0 if load() else 1)
-    file = tmp_path / "smart.toml"
-    file.write_text("allow-slow = true\n")
-    assert cli.main(["serve", "--config", str(file)]) == 0
-    assert calls == [True]
-
-
 def test_plain_torch_runs_where_it_is_asked_for_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,32 +178,6 @@ def answer(folder: Path, speculation: Any, **options: Any) -> list[int]:
     return llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
 
 
-def test_a_name_that_is_no_variant_lists_what_runs() -> None:
-    command = [sys.executable, "-m", "smart_decoding.cli.main", "run", "hi"]
-    environment = {**os.environ, "SMART_ISA": "nonsense"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    runs = ", ".join(library.runnable())
-    assert (
-        done.stderr
-        == f"smart: error: the kernels' variant 'nonsense' is no variant; here run: {runs}\n"
-    )
-
-
-@pytest.mark.usefixtures("missing")
-def test_other_devices_need_none(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernel_check, "ops_for", lambda device: None)  # as if Triton were here
-    kernel_check.require_kernels(CUDA, allow_slow=False)
-    kernel_check.require_served(ODD, CUDA, allow_slow=False)
-    kernel_check.warn_if_missing(CUDA)
-    assert kernel_check.use_native(SERVED, CUDA) is False
-    assert kernel_check.why_slow(ODD, CUDA) is None
-    assert warnings(caplog) == []
-
-
 # --------------------------------------------------------------------------------------------
 # shapes without kernels
 
@@ -245,10 +202,6 @@ def test_the_number_that_is_not_served_is_named(change: dict[str, int], message:
     assert "--allow-slow" in str(caught.value)
 
 
-def test_as_many_query_heads_as_there_is_room_for_are_served() -> None:
-    assert kernel_check.unserved(replace(SERVED, heads=64, kv_heads=2)) is None
-
-
 def test_llm_refuses_a_shape_before_weights_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,25 +209,6 @@ def test_llm_refuses_a_shape_before_weights_are_opened(
     monkeypatch.setattr(loading, "open_weights", None)
     with pytest.raises(ModelError, match="intermediate size 47 is odd"):
         LLM(folder, device="cpu")
-
-
-def test_a_shape_runs_on_plain_torch_where_that_is_asked_for(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernel_check._warn.cache_clear()
-    folder = saved(tmp_path / "model", ODD)
-    llm = LLM(
-        folder,
-        speculative_config=False,
-        dtype="fp32",
-        device="cpu",
-        max_model_len=128,
-        allow_slow=True,
-    )
-    assert not llm.target.decoder.native
-    assert llm.target.plain_torch == "intermediate size 47 is odd"
-    assert len(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == 24
-    assert len(warnings(caplog)) == 1
 
 
 def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import re
-
 import numpy as np
 import pytest
 
-from smart_decoding.cli.tree_picture import draw_tree, quoted, wants_colour
+from smart_decoding.cli.tree_picture import draw_tree, quoted
 from smart_decoding.core.tree import ROOT, DraftTrees
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
@@ -42,31 +39,12 @@ def test_a_tree_with_its_accepted_path() -> None:
     ]
 
 
-def test_each_request_has_its_own_tree() -> None:
-    assert picture(owner=1, path=()).splitlines() == [
-        '"capital of"',
-        '└─○ " \\x1b[31m" 0.90',
-        '=> " Paris"',
-    ]
-
-
-def test_without_nodes_only_the_text_before_is_drawn() -> None:
-    assert draw_tree(DraftTrees.empty(1), 0, [], WORDS.__getitem__, root="x") == '"x"'
-
-
 def test_without_scores_the_drafters_path_probability_is_shown() -> None:
     trees = two_trees()
     trees.accept_prob[:] = np.nan
     lines = draw_tree(trees, 0, [], WORDS.__getitem__).splitlines()
     assert lines[1] == '├─○ " France" 0.70'
     assert lines[2] == '│ ├─○ " is" 0.56'
-
-
-def test_colour_only_adds_escapes() -> None:
-    coloured = picture(colour=True)
-    assert coloured.splitlines()[1] == '├─\x1b[1;32m● " France" 0.81\x1b[0m'
-    assert coloured.splitlines()[3] == '│ └─\x1b[2m○ "," 0.05\x1b[0m'
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == picture()
 
 
 @pytest.mark.parametrize(
@@ -87,21 +65,3 @@ def test_colour_only_adds_escapes() -> None:
 def test_nothing_a_terminal_acts_on_is_printed(text: str, shown: str) -> None:
     assert quoted(text) == shown
     assert shown.isprintable()
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_colour_needs_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert wants_colour(Terminal())
-    assert not wants_colour(io.StringIO())
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_colour(Terminal())
-    monkeypatch.setenv("NO_COLOR", "")
-    assert wants_colour(Terminal())
-    monkeypatch.setenv("TERM", "dumb")
-    assert not wants_colour(Terminal())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from smart_decoding.core.batch import BatchState, Round
-from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.exploration import Backoff
 from smart_decoding.core.policies.smart import Smart
@@ -28,32 +27,6 @@ def test_lasts_for_its_rounds_and_its_batch() -> None:
     backoff.begin(9, 4)
     assert not backoff.goes_on(8)
     assert not backoff.goes_on(4)
-
-
-def test_its_last_round_brings_all() -> None:
-    backoff = Backoff()
-    backoff.begin(3, 1)
-    rounds = [plain_round(1) for _ in range(3)]
-    lessons = []
-    for round in rounds:
-        assert backoff.goes_on(1)
-        lessons.append(backoff.add(round))
-    assert lessons == [[], [], rounds]
-    backoff.begin(2, 1)
-    backoff.goes_on(1)
-    backoff.add(rounds[0])
-    assert not backoff.goes_on(2)  # cut short
-    assert backoff.take() == rounds[:1]
-    assert backoff.take() == []
-
-
-def test_however_many_prompts_run_meanwhile_few_rounds_wait() -> None:
-    backoff = Backoff()
-    backoff.begin(2, 1)
-    backoff.goes_on(1)
-    learned = [len(backoff.add(plain_round(1))) for _ in range(3 * HORIZON)]
-    assert sum(learned) == 3 * HORIZON
-    assert max(learned) == HORIZON
 
 
 def test_no_round_of_a_rest_is_forgotten() -> None:

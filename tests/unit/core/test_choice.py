@@ -24,8 +24,6 @@ from smart_decoding.core.selection import (
     KeepBest,
     LookAhead,
     RoundCosts,
-    best_rates,
-    best_size,
     is_data,
     ranked,
 )
@@ -219,18 +217,3 @@ def test_ranked_is_a_stable_sort(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     prob = rng.choice([0.0, 1.0, 0.5, 1e-300, *rng.random(5)], size)
     np.testing.assert_array_equal(ranked(prob), np.argsort(-prob, kind="stable"))
-
-
-@given(SEEDS)
-@settings(max_examples=30, deadline=None)
-def test_best_rates_is_best_size_for_every_row(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    gains = rng.random((4, 7))
-    seconds = rng.uniform(0.5, 3, 8)
-    sunk = rng.random(4)
-    rates = best_rates(np.sort(-gains, axis=1), 2, sunk, seconds, 2.5)
-    expected = [
-        best_size(np.sort(g)[::-1], 2, float(s), seconds, 2.5)[1]
-        for g, s in zip(gains, sunk, strict=True)
-    ]
-    np.testing.assert_allclose(rates, expected)

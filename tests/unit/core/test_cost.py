@@ -20,7 +20,6 @@ from smart_decoding.core.costs import (
     VerifySample,
     non_decreasing,
 )
-from smart_decoding.core.policies.paper import PaperCosts
 from smart_decoding.profiling.fit import fit_costs, non_negative
 
 STAIRCASE = {1: 10.0, 4: 10.0, 5: 25.0, 6: 20.0, 8: 20.0}
@@ -180,20 +179,6 @@ def test_dict_round_trip() -> None:
         CostModel.from_dict({"verify": {}})
 
 
-def test_paper_families_fit_their_own_curves() -> None:
-    nodes = np.array([1.0, 4, 8, 16, 32, 64])
-    verify = 0.02 * np.expm1(0.05 * nodes**0.9)
-    exact = PaperCosts.fit(nodes, 0.001 * nodes, verify, offsets=False)
-    assert [exact.seconds(int(n)) for n in nodes] == pytest.approx(
-        list(0.001 * nodes + verify), rel=0.02
-    )
-    shifted = PaperCosts.fit(nodes, 0.001 * nodes + 0.002, verify + 0.02, offsets=True)
-    assert [shifted.seconds(int(n)) for n in nodes] == pytest.approx(
-        list(0.001 * nodes + verify + 0.022), rel=0.02
-    )
-    assert exact.slope(16) == pytest.approx((exact.seconds(17) - exact.seconds(15)) / 2, rel=0.02)
-
-
 def test_least_squares_under_bounds_are_scipys() -> None:
     rng = np.random.default_rng(0)
     for trial in range(100):
@@ -307,9 +292,3 @@ def test_how_far_rows_share_experts_is_learned() -> None:
     assert float(cost.verify_seconds(4, 20, 0)) == pytest.approx(
         float(real.verify_seconds(4, 20, 0)), rel=0.06
     )
-
-
-def test_nothing_is_learned_where_all_experts_are_awake_or_none_is_known() -> None:
-    for experts in (EXPERTS, ExpertCosts(4, 4, 0.0)):
-        for awake in (0.0, float(experts.count)):
-            assert experts.learned(VerifySample(2, 8, 0, 1.0, 1, awake)) is experts

@@ -14,10 +14,6 @@ from smart_decoding.core.exploration import MOST, START, Credit
 PAIR = ("a", "b")
 
 
-def test_a_new_request_can_wait_for_a_first_draft() -> None:
-    assert 1.5 < Credit(1.25).longest_round(PAIR) <= 1.25 + START
-
-
 def test_the_poorest_request_decides() -> None:
     credit = Credit(1.25)
     for _ in range(4):

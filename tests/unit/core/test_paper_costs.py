@@ -11,7 +11,6 @@ from smart_decoding.core.policies.paper import (
     Paper,
     PaperCosts,
     fitted_costs,
-    level_widths,
 )
 
 
@@ -72,14 +71,6 @@ def test_verification_is_recovered(offsets: bool) -> None:
     assert fitted.slope(32) == pytest.approx(0.001 + 0.01 * 0.03 * math.exp(0.96), rel=0.05)
 
 
-def test_levels_of_the_trees_that_are_fitted_on() -> None:
-    assert level_widths(1, 4).tolist() == [1]
-    assert level_widths(3, 4).tolist() == [1, 1, 1]
-    assert level_widths(16, 4).tolist() == [4, 4, 4, 4]
-    assert level_widths(10, 4).tolist() == [3, 3, 2, 2]
-    assert level_widths(5, 1).tolist() == [5]
-
-
 # A level of w rows takes 1 + 0.1 w ms; a first level of r requests 3 + 0.5 r ms.
 LEVELS = CostModel(
     verify={1: Curve((1, 500), (20e-3, 20e-3))},
@@ -108,13 +99,6 @@ def test_drafting_is_fitted_on_whole_trees() -> None:
     offset = fitted_costs(LEVELS, 2, 100, 4, True)
     assert offset.lam == pytest.approx(0.176574e-3, rel=1e-5)
     assert offset.beta == pytest.approx(5.748165e-3, rel=1e-5)
-
-
-def test_depth_is_paid_for() -> None:
-    """Trees of more levels cost more to draft."""
-    lambdas = [fitted_costs(LEVELS, 1, 100, levels, False).lam for levels in (1, 2, 4, 8)]
-    assert lambdas == sorted(lambdas)
-    assert lambdas[-1] > 2 * lambdas[0]
 
 
 def test_verification_is_fitted_on_all_rows() -> None:

@@ -126,10 +126,6 @@ def test_measured_costs_replace_a_guess_at_once(name: str) -> None:
         np.testing.assert_array_equal(rules[0].keep.spent, rules[1].keep.spent)
 
 
-def test_off_is_always_plain() -> None:
-    assert make_policy("off").plan(state([20, 20], has_free=True)) is None
-
-
 def test_chain_is_one_path_per_request() -> None:
     policy = make_policy("chain", length=4)
     rule, trees, frontiers = draft(policy, state([9, 3]), np.random.default_rng(0), 2)

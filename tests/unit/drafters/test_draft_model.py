@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 
 from smart_decoding import speculation
-from smart_decoding.core.costs import DraftSample
 from smart_decoding.core.policies.chain import Chain
 from smart_decoding.core.policies.off import Off
 from smart_decoding.drafters import levels
@@ -34,8 +33,6 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.reading import config_to_hf
 from smart_decoding.models.heads.export import smart_config
 from smart_decoding.models.text.tokenizer import Tokenizer
-from smart_decoding.profiling.fit import fit_costs
-from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
 from smart_decoding.speculation import check_speculation
 from smart_decoding.training.head import Form, TrainableHead
 
@@ -233,27 +230,6 @@ def test_weights_are_read_when_they_are_requested(explicit: bool) -> None:
         drafting.step()
     assert [request.output] == [plain(prompts(1), 0.0)[0][:9]]
     assert request.metrics.verified
-
-
-def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
-    target = target_of()
-    drafter = DraftModelDrafter(
-        DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH
-    )
-    levels = [
-        s
-        for s in ForwardTimer(target, drafter, PAGES, 2, seconds=0.0).run()
-        if isinstance(s, DraftSample)
-    ]
-    assert not drafter._states  # a request to come could be taken for one of the rehearsal's
-    first = {(s.width, s.waiting) for s in levels if s.waiting is not None}
-    assert first == {*((1, w) for w in (*WAITING, LONG_WAITING)), (2, 0)}
-    assert {s.width for s in levels if s.waiting is None} == set(ON_CPU.widths)
-    cost = fit_costs(levels)
-    assert cost.first is not None
-    assert cost.first.rows == (1, 2)
-    assert cost.waiting is not None
-    assert cost.waiting.rows[-1] == LONG_WAITING
 
 
 # --- vocabularies

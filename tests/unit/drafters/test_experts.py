@@ -86,7 +86,7 @@ def test_tokens_are_those_of_plain_decoding(
     family: str, path: str, policy: str, temperature: float
 ) -> None:
     """The mixture drafts for itself."""
-    for batch in range(1, 9):
+    for batch in (1, 3, 8):
         drafter = None
         if policy != "off":
             model = DraftModel(weights(family), target(family, path), PAGES, SCRATCH)

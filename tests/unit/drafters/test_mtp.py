@@ -85,7 +85,7 @@ def plain(temperature: float, native: bool = False, tokens: int = TOKENS) -> lis
 @pytest.mark.parametrize("native", WAYS)
 def test_tokens_are_those_of_plain_decoding(native: bool, policy: str, temperature: float) -> None:
     verified = accepted = 0
-    for batch in (1, 2, 5, 16):
+    for batch in (1, 5, 16):
         made = engine(policy, drafter_of(native), native)
         requests = answer(made, prompts(SEQS)[:batch], temperature, TOKENS)
         assert [r.output for r in requests] == plain(temperature, native)[:batch]
@@ -153,15 +153,3 @@ def test_it_proposes_the_first_tokens_and_those_that_were_said(native: bool) -> 
     assert len(drafted) > 10
     assert drafted <= {*range(40)} | said
     assert drafted & (said - {*range(40)})
-
-
-def test_a_random_layer_is_hardly_used() -> None:
-    made = engine("smart", drafter_of())
-    (request,) = ask(made, [prompts(SEQS)[3]], 0.8, 300)
-    with_drafts = 0
-    while made.has_unfinished_requests:
-        made.step()
-        assert made.last_round is not None
-        with_drafts += len(made.last_round.round.trees) > 0
-    assert 0 < with_drafts < 100  # of 300 rounds; how many are tried depends on the clock
-    assert request.metrics.accepted < 30

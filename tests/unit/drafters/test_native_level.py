@@ -17,7 +17,7 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.rows import LevelRequest
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, pack
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.cpu import native_level
 from smart_decoding.models.families.decoder import Decoder
@@ -236,24 +236,3 @@ def test_beside_a_target_of_quants_4_bits_stay_4_bits(files: HeadFiles) -> None:
     held = HeadWeights(replace(files, weights=rounded), target).held
     formats = [matrix.format for matrix in held.values() if isinstance(matrix, QuantizedTensor)]
     assert set(formats) == {"Q4_1"}
-
-
-def test_8_bits_change_probabilities_little(
-    files: HeadFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = rows_of(3, 15)
-    torch.manual_seed(0)
-    features = torch.randn(15, WIDTH)
-    request = LevelRequest(len(files.weights["draft_ids"]), np.zeros(3))
-    found = []
-    for in_bytes in (True, False):
-        if not in_bytes:
-            as_bf16 = lambda rows: (pack([rows.bfloat16()]), None, None)  # noqa: E731
-            monkeypatch.setattr(native_level, "pack_bytes", as_bf16)
-        head = head_of(files, True, torch.bfloat16)
-        ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), request)
-        order = np.argsort(ids, axis=1)
-        found.append((outputs_of(head), np.take_along_axis(probs, order, axis=1)))
-    assert torch.equal(found[0][0], found[1][0])
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0.1, atol=1e-4)
-    assert not np.array_equal(found[0][1], found[1][1])

@@ -1,4 +1,4 @@
-"""Quants as they are stored, and expanded: the same tokens under every policy."""
+"""Quants as they are stored, and expanded: the same tokens whatever was drafted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smart_decoding.core.policies import POLICIES
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -83,7 +82,7 @@ def test_logits_hold_something_to_tell_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["off", "chain", "eagle2", "smart"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_policy_tells_stored_from_expanded(name: str, policy: str, temperature: float) -> None:
     expected, _ = answers(name, False, "off", temperature)

@@ -12,51 +12,18 @@ import pytest
 from smart_decoding.core.batch import BatchState
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.rule import Draft, TreeRule
-from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts, Selection, SkipModel
+from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts, SkipModel
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.free import FreeDrafter
-from smart_decoding.drafters.levels import draft_by_levels
 from smart_decoding.drafters.union import UnionDrafter
 
-from .fakes import Clock, alone, finish, make_engine, random_requests
+from .fakes import alone, finish, make_engine, random_requests
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 
 BATCH = BatchState(np.array([50]), np.array([20]), np.zeros(1), np.ones(1, np.bool_))
-
-
-def tree(nodes: int) -> DraftTrees:
-    """A chain."""
-    trees = DraftTrees.empty(1)
-    for node in range(nodes):
-        trees.append([0], [node + 1], [node - 1], [0.9])
-    return trees
-
-
-class Levels:
-    """Drafts chains level by level, and notes it."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.calls: list[str] = []
-
-    def pending_rows(self, requests: Sequence[Request]) -> int:
-        return 1
-
-    def propose_roots(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        self.calls.append("first")
-        self.clock.now += 1.0
-        return tree(1)
-
-    def next_level(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
-    ) -> int:
-        self.calls.append("next")
-        self.clock.now += 2.0
-        trees.append([0], [7], nodes, [0.9])
-        return 1
 
 
 class Mine:
@@ -70,34 +37,7 @@ class Mine:
         return np.array([0])
 
 
-def drafted(rule: TreeRule, arrived: bool = False) -> tuple[Draft, list[str]]:
-    clock = Clock()
-    model = Levels(clock)
-    proposed = DraftTrees.empty(1)
-    draft = draft_by_levels(model, [], rule, lambda: arrived, proposed, Selection(), clock)
-    return draft, model.calls
-
-
 RULE = TreeRule(3, 1, BATCH.limits, np.zeros(0, np.int64), Beam(1), KeepBest(9))
-
-
-@pytest.mark.parametrize("part", ["expand", "keep"])
-def test_a_rule_of_ones_own_is_asked_level_by_level(part: str) -> None:
-    draft, calls = drafted(replace(RULE, **{part: Mine()}))
-    levels = 2 if part == "expand" else 3
-    assert calls == ["first"] + ["next"] * (levels - 1)
-    assert len(draft.trees) == levels
-    assert draft.kept.tolist() == ([0, 1] if part == "expand" else [0])
-    assert draft.widths == [1] * levels
-    assert draft.level_seconds == [1.0, 2.0, 2.0][:levels]
-    assert draft.seconds == sum(draft.level_seconds)
-
-
-def test_who_arrives_between_levels_ends_the_drafting() -> None:
-    draft, calls = drafted(replace(RULE, expand=Mine()), arrived=True)
-    assert draft.interrupted
-    assert calls == ["first"]
-    assert draft.kept.tolist() == []
 
 
 class Whims(StatelessPolicy):

@@ -362,13 +362,12 @@ def test_an_answer_that_ends_before_its_grammars_error_has_none() -> None:
     assert outgrown("off", max_tokens=len(text)) == (text, "length", "None")
 
 
-@pytest.mark.parametrize("policy", ["static", "eagle2"])
 def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = outgrown("off")[0]
     for end in ({}, {"stop": text[-4:-1]}, {"stop": text[-3:]}, {"max_tokens": len(text)}):
-        assert outgrown(policy, **end) == outgrown("off", **end)
+        assert outgrown("static", **end) == outgrown("off", **end)
         with monkeypatch.context() as patch:
             patch.setattr(models_grammars, "EXPENSIVE", -1.0)
             assert outgrown.__wrapped__("off", **end) == outgrown("off", **end)
@@ -384,18 +383,6 @@ def test_many_choices_are_one_terminal() -> None:
     assert allowed(one, "bfo") == "e"
     assert one.accepts(ids("aed"))
     assert not one.accepts(ids("afod"))
-
-
-def test_a_grammar_that_is_held_is_found_again() -> None:
-    """However many others come between: the engine must not compile it in a round's time."""
-    make = grammars()
-    many = [StructuredOutputsParams(regex=f"a{{{i}}}") for i in range(1, 40)]
-    held = make.compiled(many[0])
-    for each in many:
-        make(each)
-    assert make.known(many[0]) is held
-    assert make.known(many[1]) is None
-    assert make.known(many[-1]) is not None
 
 
 def test_pruning_takes_what_is_below_a_forbidden_node() -> None:

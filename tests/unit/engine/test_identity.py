@@ -118,10 +118,9 @@ def test_a_request_that_refuses_speculation_gets_no_nodes() -> None:
     assert yes.metrics.rounds < no.metrics.rounds == 19
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_masks_forbid_what_they_name_at_every_node(temperature: float) -> None:
+def test_masks_forbid_what_they_name_at_every_node() -> None:
     """Without them the same requests do write these words and tokens."""
-    more = {"temperature": temperature, "ignore_eos": True, "max_tokens": 40}
+    more = {"temperature": 0.8, "ignore_eos": True, "max_tokens": 40}
     free = []
     for masks in ({}, MASKS):
         engine = make_engine("eagle2", drafter={"skill": 0.9})

@@ -98,18 +98,6 @@ def test_only_full_pages_of_equal_content_and_equal_past_are_found() -> None:
     )  # the second page's tokens, but not after the first page's
 
 
-def test_one_token_is_always_left_to_compute() -> None:
-    pool = PagePool(4, prefix_caching=True)
-    filled(pool, list(range(32))).release()
-    assert BlockTable(pool).reuse(list(range(32))) == 16
-
-
-def test_without_caching_nothing_is_found() -> None:
-    pool = PagePool(4)
-    filled(pool, list(range(32))).release()
-    assert BlockTable(pool).reuse(list(range(33))) == 0
-
-
 def test_the_end_of_the_oldest_prefix_is_evicted_first() -> None:
     pool = PagePool(4, prefix_caching=True)
     old = [1] * 33

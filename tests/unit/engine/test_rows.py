@@ -106,24 +106,6 @@ def test_every_row_has_its_token_position_slot_and_reads_its_past(seed: int) -> 
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
-def test_arrays_are_as_native_code_reads_them(seed: int) -> None:
-    spans, trees, want, _, _ = random_batch(seed)
-    rows = build_rows(spans, trees, want).rows
-    for array in (
-        rows.slot_mapping,
-        rows.context_len,
-        rows.ancestors_start,
-        rows.ancestors,
-        rows.query_start_loc,
-        rows.block_table_start,
-        rows.pages,
-    ):
-        assert array.dtype == np.int32
-        assert array.flags.c_contiguous
-
-
-@given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_plain_torch_is_shown_the_same_slots(seed: int) -> None:
     spans, trees, want, _, _ = random_batch(seed)

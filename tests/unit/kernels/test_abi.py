@@ -66,35 +66,6 @@ def test_every_function_of_the_header_is_in_every_library() -> None:
             assert getattr(loaded, function).argtypes is not None
 
 
-def test_types() -> None:
-    for declared, expected in (
-        ("int32_t", ctypes.c_int32),
-        ("const int64_t", ctypes.c_int64),
-        ("double", ctypes.c_double),
-        ("const float*", ctypes.c_void_p),
-        ("const float* const*", ctypes.c_void_p),
-        ("const char*", ctypes.c_char_p),
-        ("void", None),
-        ("struct Rows", abi.structure("Rows")),
-    ):
-        assert abi._type(declared) is expected
-
-
-def test_fields_of_one_line_and_pointers_among_them() -> None:
-    fields = list(
-        abi._fields("int32_t a, b; const float *c, *d; const float* const* e; int64_t f;")
-    )
-    address = ctypes.c_void_p
-    assert fields == [
-        ("a", ctypes.c_int32),
-        ("b", ctypes.c_int32),
-        ("c", address),
-        ("d", address),
-        ("e", address),
-        ("f", ctypes.c_int64),
-    ]
-
-
 def test_an_unchanged_header_is_accepted(header: Path) -> None:
     abi.declare(opened())
 

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
@@ -176,23 +175,6 @@ def test_a_bad_word_has_an_end():
     SamplingParams(bad_words=["a" * 256])
     with pytest.raises(ConfigError, match=r"bad_words=.* at most 256 characters"):
         SamplingParams(bad_words=["b", "a" * 257])
-
-
-class Uncut(list):
-    """Whose parts nobody asks for."""
-
-    def __getitem__(self, index):
-        assert not isinstance(index, slice)
-        return super().__getitem__(index)
-
-
-def test_where_a_row_ends_is_seen_at_its_last_token_first():
-    spec = SampleSpec(SamplingParams(), output=[1, 2], path=[3])
-    assert all(spec.ends_with(tokens) for tokens in ((), (3,), (2, 3), (1, 2, 3)))
-    assert not any(spec.ends_with(tokens) for tokens in ((2,), (1, 3), (0, 1, 2, 3)))
-    assert SampleSpec(SamplingParams(), output=[1, 2]).ends_with((1, 2))
-    assert not SampleSpec(SamplingParams()).ends_with((1,))
-    assert not SampleSpec(SamplingParams(), output=Uncut([1, 2])).ends_with((1,) * 99)
 
 
 @pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])

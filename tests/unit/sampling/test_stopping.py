@@ -84,12 +84,6 @@ def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
     assert check.push(encode("x")) == []
 
 
-def test_the_stop_string_is_included_on_request():
-    check = checker(stop="END", include_stop_str_in_output=True)
-    check.push(encode("one END two"))
-    assert (check.text, check.stop_reason) == ("one END", "END")
-
-
 def test_a_stop_string_inside_one_token_cuts_the_token():
     words = ["I am", " here.\n\nAnd", " more"]
     check = StopChecker(
@@ -197,20 +191,6 @@ def test_min_tokens_delays_every_stop():
     assert check.finish_reason is None
     check.push(encode("xaabq"))
     assert (check.text, check.stop_reason) == ("abzxa", "ab")
-
-
-def test_incomplete_characters_wait_and_are_shown_at_the_end():
-    text = "é日🙂"
-    detokenizer = Detokenizer(decode)
-    pieces = [detokenizer.push([token]) for token in encode(text)]
-    assert "".join(pieces) == text
-    assert [p for p in pieces if p] == list(text)
-    check = checker(max_tokens=3)
-    check.push(encode("a🙂")[:2])
-    assert check.new_text() == "a"
-    check.push(encode("🙂")[1:2])
-    assert check.text == decode(encode("a🙂")[:3])
-    assert check.text.endswith("\ufffd")
 
 
 def byte_fallback(ids):

@@ -1,24 +1,17 @@
 """Names in SGLang that the plugin relies on, beyond its command line. Imports no SGLang.
 
-They are compared with the installed SGLang at start, and in
-tests/integrations/test_sglang_seams.py.
+tests/integrations/test_sglang_seams.py compares them, too.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import operator
+from smart_decoding.integrations import seams
 
 NEWER = ("num_steps",)  # parameters of later versions that ours take, too
 
-# Of a function, without `self`; None: no function, or one with any parameters.
-Parameters = tuple[str, ...] | None
-
-# module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees,
-# AdaptiveController, each by a class that is constructed and called alike. WRAPPED: for trees.
-# USED: called or read.
-REPLACED: dict[str, dict[str, Parameters]] = {
+# REPLACED: AdaptiveSpeculativeParams and, for trees, AdaptiveController, each by a class that is
+# constructed and called alike. WRAPPED: for trees. USED: called or read.
+REPLACED: dict[str, dict[str, seams.Parameters]] = {
     "sglang.srt.speculative.adaptive_spec_params": {
         "AdaptiveSpeculativeParams.__init__": ("initial_steps", "cfg_path"),
         "AdaptiveSpeculativeParams.candidate_steps": (),
@@ -39,7 +32,7 @@ REPLACED: dict[str, dict[str, Parameters]] = {
         ),
     },
 }
-WRAPPED: dict[str, dict[str, Parameters]] = {
+WRAPPED: dict[str, dict[str, seams.Parameters]] = {
     "sglang.srt.speculative.adaptive_spec_params": {
         "adaptive_unsupported_reason": ("server_args",)
     },
@@ -50,7 +43,7 @@ WRAPPED: dict[str, dict[str, Parameters]] = {
         "SpeculativeAlgorithm.resolve_max_speculative_num_draft_tokens": ("server_args",)
     },
 }
-USED: dict[str, dict[str, Parameters]] = {
+USED: dict[str, dict[str, seams.Parameters]] = {
     "sglang.srt.plugins.hook_registry": {
         "HookRegistry.register": ("target", "hook", "hook_type"),
         "HookType.REPLACE": None,
@@ -75,35 +68,6 @@ RECORD = "_resolved_overrides"
 
 
 def lacking() -> list[str]:
-    """Return names that the installed SGLang lacks or changed, as 'module.name'.
-
-    Further parameters do no harm in functions that we call. Functions that we replace may have
-    only those in NEWER."""
-    return [
-        f"{module}.{name}"
-        for group in (REPLACED, WRAPPED, USED)
-        for module, members in group.items()
-        for name, parameters in members.items()
-        if not _fits(module, name, parameters, group is REPLACED)
-    ]
-
-
-def _fits(module: str, name: str, parameters: Parameters, replaced: bool) -> bool:
-    try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError):
-        return False
-    if parameters is None or not callable(found):  # a property is read
-        return True
-
-    present = list(inspect.signature(found).parameters.values())
-    present = [parameter for parameter in present if parameter.name not in ("self", "cls")]
-    further = present[len(parameters) :]
-    if tuple(parameter.name for parameter in present[: len(parameters)]) != parameters:
-        return False
-    if replaced:
-        return {parameter.name for parameter in further} <= set(NEWER)
-    return all(
-        parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
-        for parameter in further
-    )
+    """Return names that the installed SGLang lacks or changed, as 'module.name'."""
+    replaced = seams.lacking(REPLACED, NEWER)
+    return [*replaced, *seams.lacking(WRAPPED), *seams.lacking(USED)]

@@ -27,7 +27,7 @@ from smart_decoding.integrations.vllm.options import (
     refuse_layout,
     refuse_missing,
 )
-from smart_decoding.integrations.vllm.seams import SCHEDULER, find, missing, missing_attributes
+from smart_decoding.integrations.vllm.seams import find, missing, missing_attributes
 
 logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
 SHORT_GAP = 0.002  # seconds between two steps that still belong to the work of a step
@@ -107,7 +107,7 @@ class _Smart:
         refuse_class(find(self, "vllm_config.scheduler_config.async_scheduling"), self.ASYNC)
         reason = reason_for_stock(self, options)
         if reason is None:
-            gone = [*missing_attributes(self), *missing(SCHEDULER)]
+            gone = [*missing_attributes(self), *missing()]
             refuse_missing(vllm.__version__, type(self).__name__, gone)
             reason = self._take_over(options.exploration_budget)
         if reason is not None:

@@ -1,17 +1,13 @@
-"""Names in vLLM that the scheduler relies on, beyond its public interface. Imports no vLLM.
-
-These names are compared with the installed vLLM at every start, so that no version is refused by
-its number.
-"""
+"""Names in vLLM that the scheduler relies on, beyond its public interface. Imports no vLLM."""
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+from smart_decoding.integrations import seams
 
 # Attributes of a live scheduler and its configuration: the reason to read each.
 ATTRIBUTES = {
@@ -32,42 +28,27 @@ ATTRIBUTES = {
 SPECULATIVE = ("method", "parallel_drafting", "enable_adaptive_verification")
 
 
-@dataclass(frozen=True, slots=True)
-class Seams:
-    """Places are "module:Class" or "module:Class.method".
-
-    classes: overridden methods, and attributes that are read. replaced: all parameters of methods
-    that ours replace. called: the keywords that methods are called with."""
-
-    classes: Mapping[str, tuple[str, ...]]
-    replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    called: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
 _SCHED = "vllm.v1.core.sched."
-SCHEDULER = Seams(
-    classes={
-        f"{_SCHED}scheduler:Scheduler": (
-            "schedule",
-            "update_from_output",
-            "shutdown",
-        ),
-        f"{_SCHED}async_scheduler:AsyncScheduler": ("schedule",),
-        f"{_SCHED}output:SchedulerOutput": (
-            "num_scheduled_tokens",
-            "total_num_scheduled_tokens",
-            "scheduled_spec_decode_tokens",
-            "num_spec_tokens_to_schedule",
-        ),
-        "vllm.v1.outputs:ModelRunnerOutput": ("req_id_to_index", "sampled_token_ids"),
+# Methods that ours override and call, and fields that are read.
+USED: dict[str, dict[str, seams.Parameters]] = {
+    f"{_SCHED}scheduler": {"Scheduler.schedule": None, "Scheduler.shutdown": None},
+    f"{_SCHED}async_scheduler": {"AsyncScheduler.schedule": None},
+    f"{_SCHED}output": {
+        "SchedulerOutput.num_scheduled_tokens": None,
+        "SchedulerOutput.total_num_scheduled_tokens": None,
+        "SchedulerOutput.scheduled_spec_decode_tokens": None,
+        "SchedulerOutput.num_spec_tokens_to_schedule": None,
     },
-    replaced={
-        f"{_SCHED}scheduler:Scheduler.update_from_output": (
-            "scheduler_output",
-            "model_runner_output",
-        ),
+    "vllm.v1.outputs": {
+        "ModelRunnerOutput.req_id_to_index": None,
+        "ModelRunnerOutput.sampled_token_ids": None,
     },
-)
+}
+REPLACED: dict[str, dict[str, seams.Parameters]] = {
+    f"{_SCHED}scheduler": {
+        "Scheduler.update_from_output": ("scheduler_output", "model_runner_output")
+    }
+}
 
 
 def find(thing: object, path: str, default: Any = None) -> Any:
@@ -79,9 +60,9 @@ def find(thing: object, path: str, default: Any = None) -> Any:
     return thing
 
 
-def missing(seams: Seams) -> list[str]:
-    """Return names of `seams` that the installed vLLM has not."""
-    return [*_members(seams), *_parameters(seams)]
+def missing() -> list[str]:
+    """Return names that the installed vLLM lacks or changed, as 'module.name'."""
+    return [*seams.lacking(USED), *seams.lacking(REPLACED, ())]
 
 
 def missing_attributes(scheduler: object) -> list[str]:
@@ -97,40 +78,10 @@ def missing_attributes(scheduler: object) -> list[str]:
 def reads(place: str, parameter: str) -> bool:
     """Return whether the method "module:Class.method" reads a parameter; also where there is
     none."""
-    code = getattr(inspect.unwrap(_imported(place)), "__code__", None)
-    return code is None or any(i.argval == parameter for i in dis.get_instructions(code))
-
-
-def _members(seams: Seams) -> Iterator[str]:
-    for place, names in seams.classes.items():
-        kind = _imported(place)
-        known = set(getattr(kind, "__dataclass_fields__", ()))
-        for base in getattr(kind, "__mro__", ()):  # ours may already be in the place of vLLM's
-            init = getattr(inspect.unwrap(base.__init__), "__code__", None)  # it may be decorated
-            if init:
-                known |= {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
-        yield from (
-            f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name)
-        )
-
-
-def _parameters(seams: Seams) -> Iterator[str]:
-    for place, names in (*seams.replaced.items(), *seams.called.items()):
-        method = _imported(place)
-        if callable(method):
-            taken = list(inspect.signature(method).parameters)[1:]
-            # vLLM may give a method that ours takes the place of no more than ours takes.
-            fits = taken == list(names) if place in seams.replaced else set(names) <= set(taken)
-        else:
-            fits = False
-        if not fits:
-            yield f"{place}({', '.join(names)})"
-
-
-def _imported(place: str) -> Any:
-    """Return what "module:Class.method" names, or None."""
     module, _, path = place.partition(":")
     try:
-        return find(import_module(module), path)
+        method = find(import_module(module), path)
     except ImportError:
-        return None
+        return True
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return code is None or any(i.argval == parameter for i in dis.get_instructions(code))
