@@ -90,6 +90,17 @@ def test_greedy_answers_are_those_of_transformers(name: str, folder: Path) -> No
     assert drafted.chat(TURNS, GREEDY)[0].outputs[0].token_ids == answer
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_types_and_end_tokens_are_those_of_the_files(name: str, folder: Path) -> None:
+    layout = LAYOUTS[name]
+    checkpoint = load_checkpoint(folder, trust_pickle=True)
+    half = layout.config["torch_dtype"] == "float16"
+    assert checkpoint.provenance["dtype"] == ("F16" if half else "BF16")
+    ends = layout.generation["eos_token_id"]
+    assert set(checkpoint.config.eos_token_ids) >= set(ends if isinstance(ends, list) else [ends])
+    assert len(list(folder.glob(layout.weights.partition("-")[0] + "-*"))) == layout.shards
+
+
 @pytest.mark.parametrize("name", [name for name in TEXT if name not in VICUNAS])
 def test_prompts_are_those_of_transformers(name: str, folder: Path) -> None:
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -106,7 +117,7 @@ def test_prompts_are_those_of_transformers(name: str, folder: Path) -> None:
     assert llm.tokenizer.encode(text) == begun + plain
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct"])
 def test_llamas_frequencies_are_stretched(name: str, folder: Path) -> None:
     config = load_checkpoint(folder).config
     assert config.rope_scaling is not None

