@@ -52,6 +52,15 @@ LLAMA_31_8B = {
     "num_key_value_heads": 1,  # 8
     "transformers_version": "4.42.3",
 }
+LLAMA_33_70B = {
+    **LLAMA_31_8B,
+    "head_dim": 16,  # 128
+    "hidden_size": 128,  # 8192
+    "intermediate_size": 192,  # 28672
+    "num_attention_heads": 8,  # 64
+    "num_hidden_layers": 3,  # 80
+    "transformers_version": "4.47.0.dev0",
+}
 LLAMA_GENERATION = {
     "bos_token_id": 128000,
     "do_sample": True,
@@ -533,6 +542,9 @@ class Layout:
 LAYOUTS = {
     "Llama-3.1-8B-Instruct": Layout(
         LLAMA_31_8B, LLAMA_GENERATION, save_llama3, 4, "model-{:05d}-of-00004.safetensors"
+    ),
+    "Llama-3.3-70B-Instruct": Layout(
+        LLAMA_33_70B, LLAMA_GENERATION, save_llama3, 30, "model-{:05d}-of-00030.safetensors"
     ),
     "DeepSeek-R1-Distill-Llama-8B": Layout(
         R1_DISTILL, R1_GENERATION, save_r1, 2, "model-{:05d}-of-000002.safetensors"
