@@ -129,13 +129,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...
         (2, 4, 5),
         False,
     ),
-    "SpecForge": (
-        {**EAGLE3, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
-        eagle3_tensors("midlayer."),
-        False,
-        (2, 4, 5),
-        False,
-    ),
     "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), True),
     "speculators, two layers": (
         TWO_LAYERS,

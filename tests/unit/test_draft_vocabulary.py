@@ -19,7 +19,7 @@ from smart_decoding.models.heads.vocabulary import DraftVocabulary
 from ..parity.reference_head import PAGES, SCRATCH, check
 from .drafters.tiny import ways_to_run
 from .test_loading import own_cache
-from .test_mtp_files import KINDS, OWN, tensors
+from .test_mtp_files import OWN, tensors
 from .test_mtp_levels import Expected, decoder_of, drafting_of, file_of
 
 if TYPE_CHECKING:
@@ -87,9 +87,15 @@ def test_replaced_rows_are_those_of_a_new_packing(kind: str, width: int) -> None
         assert torch.equal(held, wanted)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("own", OWN)
-@pytest.mark.parametrize("quantization", [None, "off"])
+@pytest.mark.parametrize(
+    ("kind", "own", "quantization"),
+    [
+        ("qwen35", OWN[0], None),
+        ("qwen35", OWN[3], "off"),
+        ("qwen35moe", OWN[1], None),
+        ("qwen35moe", OWN[2], "off"),
+    ],
+)
 def test_what_was_said_is_proposed(
     quantization: str | None, own: Sequence[str], kind: str, tmp_path: Path
 ) -> None:

@@ -7,8 +7,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -208,11 +207,10 @@ def assert_refused(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("shard", ["10GB", "40KB"])
-def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -> None:
+def test_reads_what_transformers_writes(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    model.save_pretrained(tmp_path / name, max_shard_size=shard)
-    assert (tmp_path / name / "model.safetensors.index.json").exists() == (shard == "40KB")
+    model.save_pretrained(tmp_path / name, max_shard_size="40KB")
+    assert (tmp_path / name / "model.safetensors.index.json").exists()
 
     checkpoint = load_checkpoint(tmp_path / name)
 
@@ -486,12 +484,6 @@ def test_refuses_a_gguf_file_with_a_shared_expert(tmp_path: Path) -> None:
         patch.setitem(GGUF_NAMES, "mlp.experts.up_proj", "ffn_up_shexp")
         write_gguf(tmp_path / "tiny.gguf", "qwen3moe")
     assert_refused(tmp_path / "tiny.gguf", "blk.0.ffn_up_shexp.weight")
-
-
-def test_refuses_quantised_weights_before_any_file_of_weights_is_opened(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq"})
-    (folder / "model.safetensors").unlink()
-    assert_refused(folder, "'gptq'", "GGUF file")
 
 
 def test_refuses_quantised_weights_of_which_the_config_is_silent(folder: Path) -> None:
@@ -976,9 +968,7 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     assert tokenizer.encode("he<|eos|>") == [259, 2]
 
 
-@pytest.mark.parametrize(
-    "name", ["llama3", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "gemma3", "gpt-oss"]
-)
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "gemma3"])
 def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", name)
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
@@ -995,18 +985,13 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("family", ["qwen3moe", "qwen35", "qwen35moe"])
-@pytest.mark.parametrize("name", ["tiny.gguf", "folder", "stored"])
-def test_a_file_answers_as_in_transformers(
-    name: str, family: str, native: bool, tmp_path: Path
+def test_a_stored_file_answers_as_in_transformers(
+    family: str, native: bool, tmp_path: Path
 ) -> None:
-    model = tiny_model(family).eval()
+    """Value heads of linear attention stay in another order than a folder has them in."""
     write_gguf(tmp_path / "tiny.gguf", family)
-    model.save_pretrained(tmp_path / "folder")
-    if name == "stored":
-        checkpoint = load_checkpoint(tmp_path / "tiny.gguf", quantization=None)
-    else:
-        checkpoint = load_checkpoint(tmp_path / name)
-    assert_answers_alike(checkpoint, model, native)
+    checkpoint = load_checkpoint(tmp_path / "tiny.gguf", quantization=None)
+    assert_answers_alike(checkpoint, tiny_model(family).eval(), native)
 
 
 def assert_answers_alike(
@@ -1221,8 +1206,9 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
         assert torch.equal(weights[key], tensor), key
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "BF16"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Q8_0", "qwen3"), ("Q4_1", "qwen3moe"), ("BF16", "gpt-oss")]
+)
 def test_the_estimate_of_a_stored_file_is_what_is_read(
     name: str, kind: str, tmp_path: Path
 ) -> None:
@@ -1240,11 +1226,17 @@ def test_the_estimate_of_a_stored_file_is_what_is_read(
 
 
 STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
+ORDERED = ["qwen2", "qwen3moe", "qwen35", "qwen35moe", "gemma3"]
 
 
-@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3moe", "qwen35", "qwen35moe", "gemma3", "gpt-oss"]
+    ("kind", "name"),
+    [
+        *((kind, "llama") for kind in STORED),
+        *(("Q4_1", name) for name in ORDERED),
+        ("F16", "qwen35"),
+        ("MXFP4", "gpt-oss"),
+    ],
 )
 def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
@@ -1377,50 +1369,25 @@ def test_gguf_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     )
 
 
-def test_gguf_is_converted_once_and_again_when_damaged(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = write_gguf(tmp_path / "tiny.gguf", "llama")
+def test_a_conversion_is_kept_and_may_be_shared(tmp_path: Path, own_cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama")
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
-    written = (folder / "converted.json").stat().st_mtime_ns
+    written = (folder / RECORD).stat().st_mtime_ns
     assert load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source == folder
-    assert (folder / "converted.json").stat().st_mtime_ns == written
+    assert (folder / RECORD).stat().st_mtime_ns == written
     assert [path.name for path in own_cache.iterdir()] == ["converted"]
-    assert folder.stat().st_mode & 0o077 == 0o055  # others may share the cache
+    assert folder.stat().st_mode & 0o077 == 0o055
 
-    (folder / "model-00000.safetensors").write_bytes(b"cut")
-    assert torch.equal(
-        load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"],
-        expected["model.norm.weight"],
-    )
+
+def test_large_weights_are_expanded_in_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("smart_decoding.models.checkpoints.gguf._SHARD", 20_000)
-    write_gguf(tmp_path / "sharded.gguf", "llama")
+    expected = write_gguf(tmp_path / "sharded.gguf", "llama")
     sharded = load_checkpoint(tmp_path / "sharded.gguf")
     assert len(list(sharded.tokenizer_source.glob("*.safetensors"))) > 2
     assert all(torch.equal(sharded.weights[key], tensor) for key, tensor in expected.items())
     transformers.AutoModelForCausalLM.from_pretrained(sharded.tokenizer_source)
-
-
-@pytest.mark.parametrize("quantization", [None, "off"])
-def test_a_conversion_tells_its_progress(
-    tmp_path: Path,
-    own_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    quantization: str | None,
-) -> None:
-    made: list[float] = []
-
-    @contextmanager
-    def recorded(what: str, total: float) -> Iterator[Callable[[float], None]]:
-        assert what == "converting tiny.gguf, once"
-        assert total == 1.0
-        yield made.append
-
-    monkeypatch.setattr("smart_decoding.models.checkpoints.gguf.long_step", recorded)
-    write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
-    load_checkpoint(tmp_path / "tiny.gguf", quantization=quantization)
-    assert sum(made) == pytest.approx(1.0)
-    assert len(made) == 1 if quantization is None else len(made) > 10
 
 
 def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
@@ -176,8 +177,9 @@ def command_of(
 
 
 class Server:
-    """A running llama-server, stopped by a signal while it has no requests. Raises ModelError with
-    its last words if it does not start or fails."""
+    """A running llama-server. Without requests it is stopped by a signal: threads that wait for
+    work would disturb others. Raises ModelError with its last words if it does not start or
+    fails."""
 
     def __init__(
         self, program: Program, model: Path, flags: Sequence[str], slots: int, sizes: Sizes
@@ -187,7 +189,7 @@ class Server:
         port = free_port()
         command = command_of(program, model, port, flags, slots, sizes)
         self._server = ServerProcess(command, port, environment(), LOADING)
-        self._server.pause()
+        self._server.signal(SIGSTOP)
 
     def __enter__(self) -> Server:
         return self
@@ -199,12 +201,12 @@ class Server:
         """Answer prompts greedily, as many at once as there are slots, in the server's own queue,
         up to `tokens` tokens each."""
         body = {**completion(prompts, tokens), "return_tokens": True}
-        self._server.resume()
+        self._server.signal(SIGCONT)
         started = time.perf_counter()
         waves = -(-len(prompts) // self._slots)
         found = self._server.ask("/completion", body, ANSWERING * waves)
         seconds = time.perf_counter() - started
-        self._server.pause()
+        self._server.signal(SIGSTOP)
         return reply_of(found, prompts, tokens, seconds, self._tokens_of)
 
 

@@ -101,30 +101,23 @@ class ServerProcess:
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.name} did not answer: {self._reason(str(error))}") from error
 
-    def pause(self) -> None:
-        """Stop it: threads that wait for work would disturb others."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._signal(signal.SIGCONT)
-
     def close(self) -> None:
         """End its group, by force if it does not end by itself."""
         for number in (signal.SIGCONT, signal.SIGTERM):
-            self._signal(number)
+            self.signal(number)
         try:
             self._process.wait(timeout=ENDING)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            self._signal(signal.SIGKILL)  # what it started, too
+            self.signal(signal.SIGKILL)  # what it started, too
             self._process.wait()
             children.wait_for_group(self._process.pid, ENDING)
             self._log.close()
             _RUNNING.discard(self)
 
-    def _signal(self, number: int) -> None:
+    def signal(self, number: int) -> None:
+        """Send its group a signal."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, number)
 

@@ -3,7 +3,7 @@
 Stored: a folder in the cache holds the configuration, the tokenizer and an index of the tensors,
 which are read from the file itself, quants and all. Expanded: it holds the weights, too, as
 safetensors; quantised tensors become bf16, and float tensors keep their type. Transformers can read
-such a folder.
+such a folder, but for gpt-oss, whose experts it wants in one tensor.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Q4_K_M is meant where a repository has GGUF files alone.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -281,17 +282,10 @@ def names_model(word: str) -> bool:
         word in known_names()
         or path.suffix == ".gguf"
         or is_gguf(path)
-        or _is_dir(path)
+        or os.path.isdir(path)
         or ollama_file(word) is not None
         or HUB_ID.fullmatch(HUB.sub("", word)) is not None
     )
-
-
-def _is_dir(path: Path) -> bool:
-    """False for a text that is too long for a name, too."""
-    with suppress(OSError, ValueError):
-        return path.is_dir()
-    return False
 
 
 def lasting_name(name: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading
-from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.registry import TRUST
 from smart_decoding.models.families.config import quantised
 from smart_decoding.models.families.layer import GATED_NORM, expert_prefix
@@ -168,9 +168,7 @@ def as_computed(
 
 def as_published(config: ModelConfig, weights: Weights[Matrix]) -> Weights[Matrix]:
     """Return what `as_computed` makes these weights of: a GGUF file has them as they are computed
-    with."""
-    if config.experts is not None and config.experts.stacked == "in turn":
-        return StackingExperts(weights, config)
+    with. Experts stay apart, as `StackedExperts` takes them, too."""
     return ShiftedNorms(weights, -1.0) if config.shifted_norms else weights
 
 
@@ -271,55 +269,6 @@ def _as_in_gguf(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> Quantiz
     low, high = np.split(numbers, 2, axis=-1)
     rows = np.concatenate((scales[..., None], low | high << 4), axis=-1)
     return QuantizedTensor(rows.reshape(len(rows), -1), _FORMAT, scales.shape[1] * _GROUP)
-
-
-class StackingExperts(Weights[Matrix]):
-    """Tensors of all experts, out of a matrix and a bias for each."""
-
-    def __init__(self, weights: Weights[Matrix], config: ModelConfig) -> None:
-        assert config.experts is not None
-        self._weights = weights
-        self._count = config.experts.count
-        self._of: dict[str, tuple[str, str]] = {}  # what a stack begins with, and its kind
-        self._names: dict[str, str] = {}  # of what is taken as it is
-        self.shapes = {}
-        self.dtypes = {}
-        for ours in weights:
-            if ".mlp.experts." not in ours:
-                name = ours.replace(_GATE, _ROUTER)
-                self._names[name] = ours
-                self.shapes[name] = weights.shapes[ours]
-                self.dtypes[name] = weights.dtypes[ours]
-        for layer in range(config.layers):
-            for which in _MATRICES:
-                for kind in ("", "_bias"):
-                    self._add(f"model.layers.{layer}.", which, kind)
-
-    def _add(self, layer: str, which: str, kind: str) -> None:
-        name = f"{layer}mlp.experts.{which}_proj{kind}"
-        self._of[name] = layer, which
-        first = self._part(layer, which, kind, 0)
-        outputs, *inputs = self._weights.shapes[first[0]]
-        self.shapes[name] = (self._count, *inputs, outputs * len(first))
-        self.dtypes[name] = self._weights.dtypes[first[0]]
-
-    def _part(self, layer: str, which: str, kind: str, expert: int) -> list[str]:
-        """Return the names of an expert's tensors in a stack."""
-        end = "bias" if kind else "weight"
-        return [f"{layer}{expert_prefix(expert)}{each}.{end}" for each in _MATRICES[which]]
-
-    def __getitem__(self, name: str) -> Matrix:
-        if name in self._names:
-            return self._weights[self._names[name]]
-        layer, which = self._of[name]
-        kind = "_bias" if name.endswith("_bias") else ""
-        stacked = []
-        for expert in range(self._count):
-            names = self._part(layer, which, kind, expert)
-            parts = [as_tensor(self._weights[each]) for each in names]
-            outputs = torch.stack(parts, dim=1).flatten(0, 1)  # rows in turn
-            stacked.append(outputs if kind else outputs.t())
-        return torch.stack(stacked)
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
