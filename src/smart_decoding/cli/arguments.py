@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace, _ActionsContainer
+from pathlib import Path
 
 from smart_decoding.errors import ConfigError
 
@@ -29,6 +31,17 @@ def refuse_windows(command: str) -> None:
         from smart_decoding.kernels.library import INSTEAD  # no other system needs it
 
         raise ConfigError(f"{command} does not run on {INSTEAD['win32']}")
+
+
+def program_here(name: str) -> str:
+    """Return how a program of this Python's environment is called: by its name where that leads to
+    it, else by its path, from the current folder if it lies in it."""
+    place = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not place.exists() or (found and Path(found).samefile(place)):
+        return name
+    here = Path.cwd()
+    return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
 
 def use_threads(count: int | None) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,26 @@ def entries() -> Iterator[str]:
     with suppress(AttributeError, ValueError):
         stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
     return joined(stream)
+
+
+@contextmanager
+def hidden_keys() -> Iterator[None]:
+    """Keep a terminal from showing what is typed in the midst of an answer, and from dropping it at
+    Ctrl-C: it is the next entry. A pipe has no keys."""
+    stream = standard_input()
+    if not stream.isatty():
+        yield
+        return
+    import termios  # imported late: Windows has none
+
+    before = termios.tcgetattr(stream)
+    hiding = [*before]
+    hiding[3] = hiding[3] & ~termios.ECHO | termios.NOFLSH  # the local modes
+    try:
+        termios.tcsetattr(stream, termios.TCSANOW, hiding)
+        yield
+    finally:
+        termios.tcsetattr(stream, termios.TCSANOW, before)
 
 
 def is_open(entry: str) -> bool:
@@ -106,4 +126,13 @@ def _history(path: Path) -> History:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class ChatHistory(FileHistory):
+        """A history that goes on where its file cannot, as on a full disk."""
+
+        def store_string(self, string: str) -> None:
+            """Append an entry to the file, if that can be."""
+            with suppress(OSError):
+                super().store_string(string)
+
+    return ChatHistory(str(path))

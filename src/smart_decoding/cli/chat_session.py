@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.chat_input import unquoted
+from smart_decoding.cli.chat_input import hidden_keys, unquoted
 from smart_decoding.cli.dialogue import Dialogue
 from smart_decoding.cli.main import did_you_mean
 from smart_decoding.cli.run import rate
@@ -48,6 +48,8 @@ _USES = {
     "/help": ("/help", "this list (also /?)"),
 }
 _SAME = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
+# Commands of before and of other programs: ours.
+_MEANT = {"/reset": "/clear", "/system": "/set system TEXT"}
 HELP = "\n".join(
     [f"{use:<16} {what}" for use, what in _USES.values()]
     + [
@@ -103,7 +105,8 @@ class ChatSession:
     def _obey(self, command: str, rest: str) -> bool:
         command = _SAME.get(command, command)
         if command not in _USES:
-            hint = did_you_mean(command, _USES)
+            meant = _MEANT.get(command)
+            hint = f"; did you mean {meant}?" if meant else did_you_mean(command, _USES)
             raise ConfigError(f"no command {command} (a blank before it makes it a message){hint}")
         use, _ = _USES[command]
         if " " in use and not rest:
@@ -179,9 +182,10 @@ class ChatSession:
         asked = self._state.conversation.with_message("user", text)
         answer = StreamedAnswer(self._llm, chat=True)
         try:
-            params = params_of(self._llm, self._state.values, MAX_TOKENS)
-            asked, prompt = self._fitting(asked, params)
-            output = answer.run(prompt, params)
+            with hidden_keys():
+                params = params_of(self._llm, self._state.values, MAX_TOKENS)
+                asked, prompt = self._fitting(asked, params)
+                output = answer.run(prompt, params)
         except KeyboardInterrupt:
             if self._keep(asked, answer.text):
                 print("(ended; the answer is kept as far as it goes)", file=sys.stderr)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.cli.arguments import program_here
 from smart_decoding.cli.model_options import add_allow_slow
 from smart_decoding.cli.run import chat_prompt, show_steps
 from smart_decoding.cli.tree_picture import draw_tree, legend, wants_colour
@@ -113,9 +114,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def what_next() -> str:
-    """Return commands to try next."""
+    """Return what to try next, first how to have `smart` on the path where it is not."""
+    first = {f". {program_here('activate')}": "puts smart on the path"}
+    commands = NEXT if program_here("smart") == "smart" else first | NEXT
     width = max(map(len, NEXT))
-    lines = (f"  {command:<{width}}  {result}" for command, result in NEXT.items())
+    lines = (f"  {command:<{width}}  {result}" for command, result in commands.items())
     return "\n".join(["what to try next:", *lines])
 
 

@@ -70,14 +70,16 @@ def _read(path: Path) -> list[Message]:
         if path.exists() and not path.is_file():  # reading a device may never end
             raise ValueError("no regular file")
         messages: list[Message] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(messages, list) or any(set(each) != _KEYS for each in messages):
+            raise ValueError("no list of roles and contents")
+        if not all(isinstance(each["content"], str) for each in messages):
+            raise ValueError("a content is no text")
         roles = [each["role"] for each in messages]
-        known = set(roles[roles[:1] == ["system"] :]) <= {"user", "assistant"}
-        ours = all(set(each) == _KEYS and isinstance(each["content"], str) for each in messages)
-        if not isinstance(messages, list) or not known or not ours:
-            raise ValueError("other messages")
+        if not set(roles[roles[:1] == ["system"] :]) <= {"user", "assistant"}:
+            raise ValueError("an unknown role")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} holds no conversation: a JSON list of messages, as /save writes it"
         ) from error

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from smart_decoding.cli import habits
-from smart_decoding.cli.arguments import chosen_model, refuse_windows, use_threads
+from smart_decoding.cli.arguments import chosen_model, program_here, refuse_windows, use_threads
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import add_settings, complete, settings_of
 from smart_decoding.engine_args import EngineArgs
@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
         from smart_decoding.server.launch import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"smart serve needs {error.name}: in the clone, pip install -e '.[serve]'"
+            f"smart serve needs {error.name}: in the clone, {program_here('pip')} install -e "
+            "'.[serve]'"
         ) from error
     settings = settings_of(args)
     # Check the options, as the model is loaded later. dtype was checked, and may warn only once.

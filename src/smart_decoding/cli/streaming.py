@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from smart_decoding.cli.terminal import shown
+from smart_decoding.cli.word_wrap import WordWrap
 from smart_decoding.models.text.harmony import HarmonyText, Part, speaks_harmony
 
 if TYPE_CHECKING:
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
 class StreamedAnswer:
     """An answer on standard output.
 
-    chat: the prompt is a conversation, so Harmony's reasoning goes to standard error. text: printed
-    so far, without reasoning; it stays when Ctrl-C ends the answer."""
+    chat: the prompt is a conversation. Then a terminal's words are not broken, and Harmony's
+    reasoning goes to standard error. text: printed so far, without reasoning; it stays when Ctrl-C
+    ends the answer."""
 
     def __init__(self, llm: LLM, chat: bool = False) -> None:
         self._llm = llm
+        self._chat = chat
         harmony = chat and speaks_harmony(llm.tokenizer.template)
         self._harmony = HarmonyText() if harmony else None
+        self._wraps = {
+            stream: WordWrap(lambda: shutil.get_terminal_size().columns)
+            for stream in (sys.stdout, sys.stderr)
+        }
         self._stream: TextIO | None = None  # the last one that was printed to
         self.text = ""
 
@@ -69,8 +77,13 @@ class StreamedAnswer:
         if stream is not self._stream:
             self._end_line()
         self._stream = stream
-        print(shown(text, stream), end="", file=stream, flush=True)
+        text = shown(text, stream)
+        if self._chat and stream.isatty():
+            text = self._wraps[stream].feed(text)
+        print(text, end="", file=stream, flush=True)
 
     def _end_line(self) -> None:
+        """End the last stream's line, with a word that was held back."""
         if self._stream is not None:
-            print(file=self._stream, flush=True)
+            line_end = self._wraps[self._stream].feed("\n")
+            print(line_end, end="", file=self._stream, flush=True)

@@ -20,11 +20,13 @@ SCRIPTED = [sys.executable, str(Path(__file__).with_name("scripted_chat.py"))]
 
 
 class Terminal:
-    """Runs a program whose standard streams are a terminal of 80 columns."""
+    """Runs a program whose standard streams are a terminal of some columns."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], columns: int = 80
+    ) -> None:
         self._ours, theirs = pty.openpty()
-        size = struct.pack("HHHH", 24, 80, 0, 0)
+        size = struct.pack("HHHH", 24, columns, 0, 0)
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
         taken = ("COLUMNS", "LINES")
         inherited = {name: value for name, value in os.environ.items() if name not in taken}
@@ -39,6 +41,11 @@ class Terminal:
         )
         os.close(theirs)
         self._output = ""
+
+    @property
+    def shows_keys(self) -> bool:
+        """Whether it writes what is typed, where no program reads it."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
 
     def send(self, text: str) -> None:
         """Type a text."""

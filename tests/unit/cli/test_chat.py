@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from scripted import FakeLLM, fails
 
-from smart_decoding.cli import chat_session
+from smart_decoding.cli import chat_input, chat_session
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.stopping import LOOP
 from smart_decoding.errors import CapacityError, ModelError
@@ -136,19 +136,50 @@ def test_ctrl_c_keeps_the_question_and_the_answer_so_far(
     assert "the answer is kept as far as it goes" in err
 
 
+@pytest.mark.parametrize("pieces", [("", " is the capital."), ("\n", " is the capital.")])
 def test_ctrl_c_before_the_first_word_keeps_nothing_of_the_turn(
+    pieces: tuple[str, str],
     fake: type[FakeLLM],
     calls: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Templates that demand alternation refuse two questions in a row."""
-    interrupt(monkeypatch, 2, ("\n", " is the capital."))
+    interrupt(monkeypatch, 2, pieces)
     talk(monkeypatch, "one", "two", "three")
     assert calls[2] == [said("one"), ANSWER, said("three")]
     err = capsys.readouterr().err
     assert "no word came, so the question is not kept either" in err
     assert "the answer is kept as far as it goes" not in err
+
+
+def test_an_answer_without_a_word_is_not_kept(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FakeLLM, "pieces", ("", ""))
+    talk(monkeypatch, "one", "two")
+    assert calls[1] == [said("two")]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("no word came, so the question is not kept either") == 2
+
+
+def test_ctrl_c_behind_the_end_of_an_answer_ends_nothing(
+    fake: type[FakeLLM], calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = chat_session.figures
+
+    def interrupted(*given: Any) -> str:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return figures(*given)
+
+    monkeypatch.setattr(chat_session, "figures", interrupted)
+    talk(monkeypatch, "one", "two")
+    assert calls[1] == [said("one"), ANSWER, said("two")]
 
 
 def test_quotes_make_one_message_of_several_lines(
@@ -190,6 +221,8 @@ def test_a_path_is_no_command(
     [
         ("/hlep", "no command /hlep .*; did you mean /help\\?"),
         ("/cleer", "; did you mean /clear\\?"),
+        ("/reset", "; did you mean /clear\\?"),
+        ("/system be brief", "; did you mean /set system TEXT\\?"),
         ("/save", "/save needs more: /save FILE"),
         ("/set", "/set needs more: /set NAME VALUE"),
         ("/set temprature 1", "no parameter 'temprature'; did you mean temperature\\?; there are"),
@@ -256,6 +289,15 @@ def test_each_answer_draws_anew(fake: type[FakeLLM], monkeypatch: pytest.MonkeyP
     assert first != second
 
 
+def test_help_lists_every_command(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, "/?", "/help")
+    err = capsys.readouterr().err
+    for use in ("/set NAME", "/show", "/clear", "/save FILE", "/load FILE", "/model NAME", "/bye"):
+        assert err.count(f"\n{use}") + err.startswith(use) == 2
+
+
 def test_a_conversation_is_saved_and_loaded(
     fake: type[FakeLLM],
     calls: list[Any],
@@ -273,6 +315,21 @@ def test_a_conversation_is_saved_and_loaded(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
+def test_what_is_no_utf8_is_not_saved_and_ends_nothing(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([said("\ud800"), ANSWER]))
+    talk(monkeypatch, f"/load {file}", f"/save {tmp_path / 'new'}", "two", code=2)
+    assert calls[0] == [said("\ud800"), ANSWER, said("two")]
+    assert "surrogates not allowed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 def test_a_reader_who_leaves_ends_the_chat(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,15 +339,38 @@ def test_a_reader_who_leaves_ends_the_chat(
     assert len(fake.made[0].calls) == 1
 
 
+@pytest.mark.parametrize("before", [None, 0o600, 0o644])
 def test_a_saved_conversation_is_for_its_owner_only(
-    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    before: int | None, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.json"
-    file.write_text("[]")
-    file.chmod(0o644)
+    if before is not None:
+        file.write_text("[]")
+        file.chmod(before)
     talk(monkeypatch, "one", f"/save {file}")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert json.loads(file.read_text()) == [said("one"), ANSWER]
+
+
+def test_a_folder_that_may_not_be_searched_gets_no_conversation(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path == Path("/closed/x"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    talk(monkeypatch, "one", "/save /closed/x", "/load /closed/x", "two", code=2)
+    assert calls[1] == [said("one"), ANSWER, said("two")]
+    err = capsys.readouterr().err
+    assert "/closed/x cannot be written: Permission denied\n" in err
+    assert "/closed/x cannot be read: Permission denied\n" in err
 
 
 @pytest.mark.parametrize(
@@ -298,11 +378,14 @@ def test_a_saved_conversation_is_for_its_owner_only(
     [
         "[1, 2]",
         "{}",
+        '""',
+        '["role"]',
         '[{"role": "user"}]',
         '[{"role": "tool", "content": "x"}]',
         '[{"role": "user", "content": null}]',
         '[{"role": "user", "content": "x", "name": "y"}]',
         '[{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]',
+        '[{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]',
     ],
 )
 def test_a_file_of_something_else_is_neither_read_nor_overwritten(
@@ -368,6 +451,16 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(
     assert len(made) == 3
 
 
+def test_a_first_model_that_cannot_be_loaded_ends_the_chat(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(llm: FakeLLM, model: str, **options: Any) -> None:
+        raise ModelError("no such repository")
+
+    monkeypatch.setattr(FakeLLM, "__init__", load)
+    assert fails(capsys, "chat", "a/b") == "smart: error: no such repository\n"
+
+
 def test_what_outgrows_the_context_loses_its_first_turns(
     fake: type[FakeLLM],
     calls: list[Any],
@@ -388,7 +481,9 @@ def test_what_outgrows_the_context_loses_its_first_turns(
     assert note in err
 
 
+@pytest.mark.parametrize("failure", [None, CapacityError("the prompt is too long")])
 def test_a_message_longer_than_the_context_is_refused(
+    failure: CapacityError | None,
     fake: type[FakeLLM],
     calls: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -398,8 +493,8 @@ def test_a_message_longer_than_the_context_is_refused(
     prompt = FakeLLM.chat_prompt
 
     def refusing(llm: FakeLLM, messages: list[dict[str, Any]]) -> Any:
-        if len(messages[-1]["content"]) > 99:
-            raise CapacityError("the prompt is too long")
+        if failure is not None and len(messages[-1]["content"]) > 99:
+            raise failure
         return prompt(llm, messages)
 
     monkeypatch.setattr(FakeLLM, "chat_prompt", refusing)
@@ -441,6 +536,13 @@ def test_an_answer_that_is_cut_says_where(
     monkeypatch.setattr(FakeLLM, "finish_reason", "length")
     talk(monkeypatch, "one", options=("-n", most))
     assert cut in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
+def test_a_history_on_a_full_disk_goes_on() -> None:
+    history = chat_input._history(Path("/dev/full"))
+    history.append_string("one")
+    assert history.get_strings() == ["one"]
 
 
 def test_a_closed_standard_input_is_refused(

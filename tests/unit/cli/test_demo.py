@@ -6,13 +6,18 @@ import io
 import itertools
 import re
 import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripted import FakeLLM
 
 from smart_decoding.cli import demo as cli_demo
 from smart_decoding.cli import main as cli
+from smart_decoding.kernels import library
+from smart_decoding.models import target
 
 
 def test_demo(
@@ -46,6 +51,29 @@ def test_demo(
     assert [llm.options["speculative_config"] for llm in fake.made] == [{"policy": "smart"}, False]
     assert order == [smart, plain, plain, smart] * 3
     assert {params.temperature for _, params in smart.calls} == {0.0}
+
+
+def test_what_comes_next_can_be_typed_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the clone's folder, without the environment on the path; each command is known."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "smart", "activate"):
+        (programs / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    first, *lines = cli_demo.what_next().splitlines()[1:]
+    assert first.split("  ")[1] == ". .venv/bin/activate"
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split("  ")[-1].strip() == "a chat in a browser, with this race"
+    monkeypatch.setenv("PATH", str(programs))
+    assert cli_demo.what_next().splitlines()[1:] == lines
+    for line in lines:
+        program, command, *words = shlex.split(re.split(" {2,}", line.strip())[0])
+        cli.build_parser(command).parse_args([command, *words])
+        assert program == "smart"
 
 
 TREE = """
@@ -122,9 +150,12 @@ def test_demo_without_trees_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every round was decoded plainly" in capsys.readouterr().out
 
 
-def test_what_comes_next_can_be_typed_as_it_stands() -> None:
-    for command in cli_demo.NEXT:
-        program, name, *words = shlex.split(command)
-        cli.build_parser(name).parse_args([name, *words])
-        assert program == "smart"
-    assert max(map(len, cli_demo.what_next().splitlines())) <= 80
+def test_it_says_what_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "unavailable", lambda: None)
+    monkeypatch.setattr(library, "chosen", lambda: "x86-64-v3")
+    monkeypatch.setattr(target, "device_of", lambda name: torch.device("cpu"))
+    assert cli_demo.kernels() == "CPU kernels: x86-64-v3"
+    monkeypatch.setattr(library, "unavailable", lambda: "none were built")
+    assert cli_demo.kernels() == "CPU kernels: none, plain torch (none were built)"
+    monkeypatch.setattr(target, "device_of", lambda name: torch.device("cuda"))
+    assert cli_demo.kernels() == "device: cuda"

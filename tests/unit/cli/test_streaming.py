@@ -50,6 +50,7 @@ def answered(
 def test_reasoning_and_content_share_no_word(
     monkeypatch: pytest.MonkeyPatch, out: bool, err: bool
 ) -> None:
+    """A terminal's last word is held back until the next one begins, or the text ends."""
     answer = f"{ANALYSIS}I think so.<|end|><|start|>assistant{FINAL}42"
     shown = answered(monkeypatch, answer, out, err)
     assert shown == ("42\n", "I think so.\n", "I think so.\n" * err + "42\n" * out)
@@ -69,6 +70,12 @@ def test_a_terminal_gets_no_control_characters(
     printed = err if channel == ANALYSIS else out
     raw = answer.removeprefix(channel)
     assert printed == ("a]52;c;cm0gLXJm 2Jbc\n\td\n" if terminal else f"{raw}\n")
+
+
+def test_an_answer_of_reasoning_alone_keeps_its_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        shown = answered(monkeypatch, f"{ANALYSIS}I think so", True, terminal)
+        assert shown[:2] == ("", "I think so\n")
 
 
 def test_content_before_reasoning_is_shown_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
